@@ -1,0 +1,204 @@
+"""Tensors of a model on disk: safetensors, one file or shards, read lazily and without trust.
+
+This is the one door to safetensors. No other format is read, so no file can run code. Folders are
+published by `ternq.publish`, single files written by `ternq.files`; their names are here too.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ternq.errors import InputError, ResourceError
+from ternq.files import REFUSALS, free_disk, plain_name, read_json, renamed, write_json, writing
+from ternq.publish import (
+    FORMAT_VERSION,
+    MANIFEST,
+    check_output,
+    newest_artefact,
+    publish,
+    read_manifest,
+    staging,
+    verify_files,
+    write_manifest,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX",
+    "MANIFEST",
+    "TENSORS",
+    "TensorFolder",
+    "check_output",
+    "dtype_name",
+    "free_disk",
+    "load_tensors",
+    "newest_artefact",
+    "plain_name",
+    "publish",
+    "read_json",
+    "read_manifest",
+    "save_sharded",
+    "save_tensors",
+    "staging",
+    "verify_files",
+    "write_json",
+    "write_manifest",
+    "writing",
+]
+
+TENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file, atomically. Tensors may be views; each is stored whole."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with renamed(path) as temporary:
+            save_file(_separate(plain), temporary, {"format": "pt", **(metadata or {})})
+            temporary.chmod(0o666 & ~_umask())  # safetensors makes its files private
+    except SafetensorError as error:
+        raise _write_error(path, error) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file; `InputError` naming it if missing or damaged."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def save_sharded(
+    tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int | None = None
+) -> list[Path]:
+    """Write `model.safetensors`, or shards and the index that transformers reads if larger."""
+    shards: list[dict[str, Tensor]] = [{}]
+    limit = room = shard_bytes or SHARD_BYTES
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_tensors(shards[0], folder / TENSORS)
+        return [folder / TENSORS]
+    return _save_shards(shards, folder)
+
+
+class TensorFolder:
+    """The tensors of a model folder, sharded or not, read one at a time; headers are checked.
+
+    Raises `InputError` if the folder has no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for path in _tensor_files(folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in self._files:
+                        raise InputError(f"{path} and {self._files[name]} both hold {name}.")
+                    self._files[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor; `InputError` if none does."""
+        if name not in self._files:
+            raise InputError(f"{self.folder} holds no tensor {name}.")
+        return self._files[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self.path(name)) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``: the name that config.json uses."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _save_shards(shards: list[dict[str, Tensor]], folder: Path) -> list[Path]:
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        save_tensors(shard, folder / file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    return [folder / name for name in names]
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    if (folder / TENSORS).is_file():
+        return [folder / TENSORS]
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} holds neither {TENSORS} nor {INDEX}.")
+    where = read_json(folder / INDEX).get("weight_map")
+    names = sorted(set(where.values())) if _is_names(where) else []
+    if not names or not all(plain_name(name) for name in names):
+        raise InputError(f"{folder / INDEX} is damaged: it does not name files of its folder.")
+    return [folder / name for name in names]
+
+
+def _is_names(where: Any) -> TypeGuard[dict[str, str]]:
+    return isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist.")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {_first_lower(error)}.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with no two sharing memory, which safetensors refuses."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor.clone() if pointer in seen or not whole else tensor
+        seen.add(pointer)
+    return tensors
+
+
+def _write_error(path: Path, error: SafetensorError) -> ResourceError:
+    found = re.search(r"os error (\d+)", str(error))
+    reason = REFUSALS.get(int(found[1])) if found else None
+    return ResourceError(f"{path} cannot be written: {reason or _first_lower(error)}.")
+
+
+def _first_lower(error: Exception) -> str:
+    text = str(error).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

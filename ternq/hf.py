@@ -1,0 +1,373 @@
+"""The door to transformers: any of the models ternq knows, loaded and checked.
+
+A model is a hub id, a folder of safetensors, a ``.gguf`` file, an artefact of ``ternq pack``, a run
+of ``ternq distill``, or ``demo``. Whatever is wrong with it is said here, in one sentence, before
+any long work begins: transformers itself would fill missing weights with random ones and go on.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ternq import checkpoint
+from ternq.errors import InputError, ResourceError
+from ternq.linear import TernaryLinear, features, is_linear
+from ternq.progress import Event, Progress, ignore
+from ternq.recipe import Recipe
+
+Kind = Literal["dense", "packed", "run"]
+RUN_FILE = "run.json"  # makes a folder a run
+STUDENT_FILE = "student.safetensors"  # the trained student of a finished run
+BASE_FOLDER = "base"  # configuration and tokenizer of the model a run trains
+DEMO = "demo"
+# what transformers raises for a configuration or file that it cannot make a model of
+_REFUSALS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+_REFUSALS += (TypeError, AttributeError, AssertionError, MemoryError)
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+
+@dataclass
+class Loaded:
+    """A model with its tokenizer, and where it came from.
+
+    ``dtype`` is that of the checkpoint's weights on disk, whatever the model was loaded in.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    source: str
+    kind: Kind
+    path: Path | None
+    dtype: torch.dtype
+
+
+def display_name(model: str) -> str:
+    """The last part of a hub id or path, without ``.gguf``; default outputs are named after it.
+
+    >>> display_name("meta-llama/Meta-Llama-3-8B")
+    'Meta-Llama-3-8B'
+    """
+    name = model.rstrip("/").rsplit("/", 1)[-1] or Path(model).resolve().name
+    if name in (".", ".."):
+        name = Path(model).resolve().name
+    return name.removesuffix(".gguf")
+
+
+def load(
+    model: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = ignore,
+) -> Loaded:
+    """Load a causal language model of any kind, in evaluation mode.
+
+    ``dtype`` defaults to float32 on the CPU and to the checkpoint's own elsewhere.
+
+    Raises:
+        InputError: it is missing, damaged, not a causal language model, quantized by another
+            program, incomplete, or holds weights that are not finite.
+    """
+    path = local_path(model)
+    progress(Event("load", f"Loading {model}"))
+    if path is not None and (path / RUN_FILE).is_file():
+        return _load_run(model, path, device)
+    kind: Kind = (
+        "packed" if path is not None and (path / checkpoint.MANIFEST).is_file() else "dense"
+    )
+    where, options = _where(model, path)
+    options |= {"local_files_only": offline, "trust_remote_code": trust_remote_code}
+    with _in_words(model, offline):
+        config = _config(model, where, options)
+        own = getattr(config, "dtype", None)
+        if dtype is None:
+            dtype = torch.float32 if device == "cpu" or own is None else own
+        loaded, tokenizer = _weights(model, where, options, config, dtype)
+    _refuse_not_finite(loaded, model)
+    stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
+    return Loaded(
+        _to(loaded.eval(), device), tokenizer, display_name(model), model, kind, path, stored
+    )
+
+
+def _to(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(f"No device '{device}' here: {_first_line(error)}") from None
+
+
+def local_path(model: str) -> Path | None:
+    """The folder or file that ``model`` names, or None if it can only be a hub id.
+
+    Raises:
+        InputError: it looks like a path, and nothing is there.
+    """
+    if model == DEMO and not Path(DEMO, "config.json").exists():
+        return DEMO_FOLDER
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    looks_like_path = model.startswith((".", "/", "~")) or model.endswith((".gguf", "/"))
+    if looks_like_path or model.count("/") > 1 or "\\" in model:
+        raise InputError(f"There is no file or folder '{model}'.")
+    return None
+
+
+def max_length(model: nn.Module) -> int:
+    """Positions the model was made for, as its configuration says; 2048 if it does not."""
+    config = model.config
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 1:
+            return value
+    return 2048
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all parameters, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()[:16]
+
+
+def save_base(loaded: Loaded, folder: Path) -> None:
+    """Write configuration, generation settings and tokenizer; no weights."""
+    loaded.model.config.save_pretrained(folder)
+    if getattr(loaded.model, "generation_config", None) is not None:
+        loaded.model.generation_config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once, under its first name: tied weights are not repeated."""
+    seen: set[tuple[int, Any]] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() == 0 or key not in seen:
+            state[name] = tensor.detach()
+        seen.add(key)
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Put a `unique_state` back; names that only tied weights explain may be missing.
+
+    Raises:
+        InputError: tensors are missing, unknown or of another shape.
+    """
+    expected = unique_state(model)
+    wrong = [n for n in expected if n not in state or state[n].shape != expected[n].shape]
+    wrong += [n for n in state if n not in expected]
+    if wrong:
+        raise InputError(f"{where} does not fit its configuration: '{wrong[0]}' is wrong.")
+    model.load_state_dict(state, strict=False)
+
+
+def _load_run(model: str, path: Path, device: str) -> Loaded:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    build: Any = AutoModelForCausalLM.from_config
+    run = checkpoint.read_json(path / RUN_FILE)
+    if not (path / STUDENT_FILE).is_file():
+        raise InputError(
+            f"The run '{model}' is not finished.",
+            f"Go on with it: ternq distill {run.get('recipe', {}).get('model', 'MODEL')} -o {path}",
+        )
+    recipe = Recipe.from_json(run["recipe"])
+    with _in_words(model, offline=True):
+        config = AutoConfig.from_pretrained(path / BASE_FOLDER, local_files_only=True)
+        loaded = build(config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path / BASE_FOLDER, local_files_only=True)
+    put_ternary(loaded, run["modules"], recipe)
+    load_state(loaded, checkpoint.load_tensors(path / STUDENT_FILE), str(path / STUDENT_FILE))
+    stored = getattr(torch, str(run["dtype"]))
+    name = display_name(recipe.model)
+    return Loaded(_to(loaded.eval(), device), tokenizer, name, model, "run", path, stored)
+
+
+def put_ternary(model: nn.Module, names: list[str], recipe: Recipe) -> None:
+    """Swap empty `TernaryLinear` layers in under the given names, for a state to be loaded."""
+    modules = dict(model.named_modules())
+    for name in names:
+        layer = modules.get(name)
+        if layer is None or not is_linear(layer):
+            raise InputError(f"'{name}' is no linear layer of {type(model).__name__}.")
+        in_features, out_features = features(layer)
+        new = TernaryLinear(
+            in_features,
+            out_features,
+            bias=getattr(layer, "bias", None) is not None,
+            group_size=recipe.scheme.group_size,
+            shift=recipe.scheme.shift,
+            ste=recipe.training.ste,
+        )
+        model.set_submodule(name, new)
+
+
+def _where(model: str, path: Path | None) -> tuple[str, dict[str, Any]]:
+    """What transformers is asked for, and the options that go with it."""
+    if path is None:
+        return model, {}
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"'{model}' is a file, but not a .gguf file.", "Name the folder it lies in."
+            )
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"'{model}' is not a GGUF file: it does not begin with 'GGUF'.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path == DEMO_FOLDER:
+        return str(path), {}
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"'{model}' is a folder without config.json, so it is no model.",
+            "Name a Hugging Face model folder, a .gguf file, a hub id, or 'demo'.",
+        )
+    if not any(path.glob("*.safetensors")):
+        raise InputError(
+            f"'{model}' holds no safetensors file.",
+            "Weights in pickle files (.bin) are not read: save the model again as safetensors.",
+        )
+    return str(path), {}
+
+
+def _config(model: str, where: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(where, **options)
+    architectures = getattr(config, "architectures", None) or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in vars(
+        config
+    ):
+        raise InputError(f"'{model}' ({config.model_type}) is not a causal language model.")
+    if architectures and not known & set(architectures) and not hasattr(config, "auto_map"):
+        raise InputError(f"'{model}' is a {architectures[0]}, not a causal language model.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"'{model}' is an encoder-decoder, not a causal language model.")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, dict)
+            else quantization.quant_method
+        )
+        if getattr(method, "value", method) != "ternq":
+            raise InputError(
+                f"'{model}' is already quantized ({getattr(method, 'value', method)}).",
+                "Start from the full-precision model.",
+            )
+    return config
+
+
+def _weights(
+    model: str, where: str, options: dict[str, Any], config: Any, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    extra = {} if "gguf_file" in options else {"use_safetensors": True, "config": config}
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, output_loading_info=True, **extra, **options
+    )
+    loaded, info = found
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"'{model}' lacks {len(missing)} of the weights that its configuration asks for, "
+            f"such as {missing[0]}."
+        )
+    return loaded, AutoTokenizer.from_pretrained(where, **options)
+
+
+def _refuse_not_finite(model: nn.Module, source: str) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"'{source}' has {bad} NaN or Inf values in {name}.")
+
+
+@contextmanager
+def _in_words(model: str, offline: bool) -> Iterator[None]:
+    """Turn what transformers, safetensors and the hub raise into one sentence."""
+    from safetensors import SafetensorError
+
+    hush = [logging.getLogger(n) for n in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in hush]
+    for logger in hush:
+        logger.setLevel(logging.CRITICAL)
+    _progress_bars(False)
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(
+            f"A safetensors file of '{model}' is damaged: {_first_line(error)}."
+        ) from error
+    except InputError:
+        raise
+    except _REFUSALS as error:
+        raise _explained(model, error, offline) from error
+    finally:
+        for logger, level in zip(hush, levels, strict=True):
+            logger.setLevel(level)
+        _progress_bars(True)
+
+
+def _progress_bars(on: bool) -> None:
+    from transformers.utils import logging as bars
+
+    switch: Any = bars.enable_progress_bar if on else bars.disable_progress_bar
+    switch()
+
+
+def _explained(model: str, error: BaseException, offline: bool) -> InputError:
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and len(chain) < 8:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    names = {type(e).__name__ for e in chain}
+    if "GatedRepoError" in names:
+        return InputError(
+            f"'{model}' is gated: its owner asks you to accept terms first.",
+            "Accept them on its page, then: hf auth login",
+        )
+    if names & {"RepositoryNotFoundError", "HFValidationError"}:
+        return InputError(
+            f"The hub has no model '{model}' (or it is private).",
+            "Check the spelling (owner/name); for a local folder write ./name.",
+        )
+    remote = local_path(model) is None
+    if remote and (offline or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")):
+        return InputError(
+            f"'{model}' is not in the local cache, and this is offline.",
+            "Name a local folder or .gguf file, or try 'demo'.",
+        )
+    if remote and isinstance(error, OSError):
+        return InputError(
+            f"'{model}' could not be fetched: the hub did not answer.",
+            "Name a local folder or .gguf file, or try 'demo'.",
+        )
+    return InputError(f"'{model}' cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,340 @@
+"""Ternary linear layers, and the one rule that says which layers of a model become ternary.
+
+`TernaryLinear` learns (latent weight, scale, shift); `PackedLinear` holds codes, five to a byte.
+Modules are swapped, not parametrized: names of parameters stay as they were, so that checkpoints,
+tied weights and ``repr(model)`` tell the truth.
+"""
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ternq import packing, ternary
+from ternq.errors import InputError, RecipeError
+from ternq.recipe import Scheme, Ste
+
+
+class TernaryLinear(nn.Linear):
+    """A linear layer whose weight ``[out, in]`` is rounded to ``scale * code + shift`` in use.
+
+    ``weight`` is the latent weight that codes are taken from; ``weight_scale`` and ``weight_shift``
+    (or None) are learned, float32 ``[out, groups]``.
+    """
+
+    weight_shift: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]  # as nn.Linear has it without a bias
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group_size: int,
+        shift: bool,
+        ste: Ste = "identity",
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.group_size, self.ste = group_size, ste
+        shape = (out_features, ternary.n_groups(in_features, group_size))
+        self.weight_scale = nn.Parameter(torch.ones(shape))
+        self.weight_shift = nn.Parameter(torch.zeros(shape)) if shift else None
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, scheme: Scheme, ste: Ste = "identity") -> "TernaryLinear":
+        """The closed-form start: codes by threshold, scale and shift by least squares."""
+        weight, bias = dense_weight(layer), getattr(layer, "bias", None)
+        out_features, in_features = weight.shape
+        with torch.device("meta"):
+            new = cls(
+                in_features,
+                out_features,
+                bias=bias is not None,
+                group_size=scheme.group_size,
+                shift=scheme.shift,
+                ste=ste,
+            )
+        codes = ternary.quantize(weight, scheme.group_size)
+        scale, shift = ternary.fit(weight, codes, scheme.group_size, scheme.shift)
+        # A Linear's own parameter is kept, so that whatever else refers to it still does.
+        new.weight = layer.weight if isinstance(layer, nn.Linear) else nn.Parameter(weight)
+        new.bias = bias
+        new.weight_scale = nn.Parameter(scale)
+        new.weight_shift = None if shift is None else nn.Parameter(shift)
+        return new.train(layer.training)
+
+    @classmethod
+    def from_packed(cls, layer: "PackedLinear", ste: Ste = "identity") -> "TernaryLinear":
+        """Training goes on from a packed layer: latent ``scale * code`` has the same codes."""
+        codes, scale, shift = layer.unpacked()
+        new = cls(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            group_size=layer.group_size,
+            shift=shift is not None,
+            ste=ste,
+        )
+        new.weight = nn.Parameter(ternary.dequantize(codes, scale, None, layer.group_size))
+        new.bias = layer.bias
+        new.weight_scale = nn.Parameter(scale.float())
+        new.weight_shift = None if shift is None else nn.Parameter(shift.float())
+        return new.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = ternary.fake_quantize(
+            self.weight, self.weight_scale, self.weight_shift, self.group_size, self.ste
+        )
+        return F.linear(input, weight.to(input.dtype), self.bias)
+
+    def codes(self) -> Tensor:
+        """The codes in use, int8 ``[out, in]``."""
+        return ternary.quantize(self.weight, self.group_size)
+
+    def exported(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes (int8), scale and shift (float16) in the one stored form, `ternary.canonical`."""
+        return ternary.canonical(
+            self.codes(), self.weight_scale, self.weight_shift, self.group_size
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds its codes packed, five to a byte, and unpacks them when used.
+
+    Buffers are named as in the file: ``weight`` uint8 ``[out, ceil(in / 5)]``, ``weight_scale`` and
+    ``weight_shift`` float16 ``[out, groups]``. Under the name ``weight`` a program that does not
+    know ternq meets a wrong shape and stops, where a new name would leave it random weights.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_shift: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, group_size: int, shift: bool
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.group_size = group_size
+        groups = (out_features, ternary.n_groups(in_features, group_size))
+        width = packing.packed_width(in_features)
+        self.register_buffer("weight", torch.zeros(out_features, width, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.zeros(groups, dtype=torch.float16))
+        shifts = torch.zeros(groups, dtype=torch.float16) if shift else None
+        self.register_buffer("weight_shift", shifts)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        bias: nn.Parameter | None,
+        group_size: int,
+    ) -> "PackedLinear":
+        """Pack codes int8 ``[out, in]`` with scale and shift float16 ``[out, groups]``."""
+        out_features, in_features = codes.shape
+        with torch.device("meta"):
+            new = cls(
+                in_features,
+                out_features,
+                bias=False,
+                group_size=group_size,
+                shift=shift is not None,
+            )
+        new.weight = packing.pack_base3(codes)
+        new.weight_scale, new.weight_shift, new.bias = scale, shift, bias
+        return new
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes int8 ``[out, in]``, scale and shift float16 ``[out, groups]``."""
+        codes = packing.unpack_base3(self.weight, self.in_features)
+        return codes, self.weight_scale, self.weight_shift
+
+    def dequantized(self) -> Tensor:
+        """The weight, float32 ``[out, in]``."""
+        return ternary.dequantize(*self.unpacked(), self.group_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, group_size={self.group_size}"
+        )
+
+
+Ternary = TernaryLinear | PackedLinear
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A part of the model that stays dense, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The linear layers that become ternary, and everything that does not."""
+
+    chosen: dict[str, nn.Module] = field(default_factory=dict)
+    dense: list[Dense] = field(default_factory=list)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A plain linear layer, or GPT-2's ``Conv1D`` (a linear layer stored transposed)."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as ``[out, in]``."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.detach() if isinstance(layer, nn.Linear) else weight.detach().t().contiguous()
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of a linear layer, also of one on the meta device."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # is_linear saw to it
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder's blocks: the ``ModuleList`` with most parameters.
+
+    Raises:
+        InputError: the model has none.
+    """
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    # Of nested lists (blocks of experts) the outermost holds most; ties go to the first.
+    size = {n: sum(p.numel() for p in m.parameters()) for n, m in lists.items()}
+    if not size or not max(size.values()):
+        raise InputError(f"{type(model).__name__} has no list of decoder blocks.")
+    name = max(size, key=lambda n: size[n])
+    return name, lists[name]
+
+
+def select(model: nn.Module, scheme: Scheme) -> Selection:
+    """The one rule: every linear layer inside the decoder's blocks, but those that ``skip`` names.
+
+    Raises:
+        RecipeError: a pattern matches no linear layer, nothing is left, or a group is wider than
+            every row.
+        InputError: weights that this program does not handle (experts fused into 3-D parameters).
+    """
+    blocks, _ = decoder_blocks(model)
+    inside = {n: m for n, m in model.named_modules() if is_linear(m) and n.startswith(blocks + ".")}
+    _refuse_fused(model, blocks)
+    skipped = _skipped(list(inside), scheme.skip)
+    chosen = {n: m for n, m in inside.items() if n not in skipped}
+    if not chosen:
+        reason = f"{type(model).__name__} has no linear layer in its blocks."
+        if skipped:
+            reason = f"--skip {' --skip '.join(scheme.skip)} leaves no layer to make ternary."
+            raise RecipeError(reason, "Skip fewer layers.")
+        raise InputError(reason)
+    widest = max(features(m)[0] for m in chosen.values())
+    if scheme.group_size > widest:
+        raise RecipeError(
+            f"--group-size {scheme.group_size} is larger than the longest row ({widest}).",
+            f"Choose at most {widest}.",
+        )
+    return Selection(chosen, list(dense_parts(model, set(chosen), skipped)))
+
+
+def prepare(model: nn.Module, scheme: Scheme, ste: Ste = "identity") -> Selection:
+    """Put `TernaryLinear` in the place of every selected layer, at its closed-form start."""
+    selection = select(model, scheme)
+    for name, layer in selection.chosen.items():
+        model.set_submodule(name, TernaryLinear.from_dense(layer, scheme, ste))
+    return selection
+
+
+def ternary_layers(model: nn.Module) -> dict[str, TernaryLinear]:
+    """Name -> layer in training."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, TernaryLinear)}
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Name -> packed layer."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def group_rule(selection: Selection, group_size: int) -> str | None:
+    """How rows that the group size does not divide are cut, in a sentence; None if none are."""
+    widths = sorted({features(m)[0] for m in selection.chosen.values()})
+    ragged = [w for w in widths if w % group_size]
+    if not ragged:
+        return None
+    cuts = "; ".join(f"{w} = {w // group_size} x {group_size} + {w % group_size}" for w in ragged)
+    return f"The last group of a row is shorter, with its own scale and shift: {cuts}."
+
+
+def _skipped(names: list[str], patterns: tuple[str, ...]) -> set[str]:
+    skipped: set[str] = set()
+    for pattern in patterns:
+        matched = {n for n in names if _matches(n, pattern)}
+        if not matched:
+            raise RecipeError(
+                f"--skip '{pattern}' matches no linear layer.",
+                f"Names look like '{names[0]}'; '*' stands for anything." if names else None,
+            )
+        skipped |= matched
+    return skipped
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """The whole name, or its end after a dot: ``down_proj`` means every ``...down_proj``."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+def _refuse_fused(model: nn.Module, blocks: str) -> None:
+    fused = [(n, p) for n, p in model.named_parameters() if p.ndim == 3 and n.startswith(blocks)]
+    fused = [(n, p) for n, p in fused if min(p.shape) > 1 and "conv" not in n]
+    if fused:
+        total = sum(p.numel() for p in model.parameters())
+        share = sum(p.numel() for _, p in fused) / total
+        name, parameter = fused[0]
+        raise InputError(
+            f"{share:.0%} of the parameters are experts fused into 3-D tensors (such as {name}, "
+            f"{'x'.join(map(str, parameter.shape))}), which ternq cannot make ternary yet.",
+            "Use a model whose decoder is built of nn.Linear.",
+        )
+
+
+def dense_parts(model: nn.Module, chosen: set[str], skipped: set[str]) -> Iterator[Dense]:
+    """Every module with parameters of its own that is not among ``chosen``, and why."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        if own and name not in chosen:
+            yield Dense(name, sum(p.numel() for p in own), _reason(model, name, module, skipped))
+
+
+def _reason(model: nn.Module, name: str, module: nn.Module, skipped: set[str]) -> str:
+    if name in skipped:
+        return "skipped by --skip"
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        tied = head is not None and head.weight is module.weight
+        return "embedding, also the output head" if tied else "embedding"
+    if module is getattr(model, "get_output_embeddings", lambda: None)():
+        return "output head"
+    if "norm" in kind.lower():
+        return "normalisation"
+    return "linear layer outside the decoder blocks" if is_linear(module) else f"no linear ({kind})"

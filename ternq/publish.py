@@ -1,0 +1,250 @@
+"""Folders of results: written aside, proved, and published by rename with a manifest.
+
+A command writes into a hidden sibling of its output; the manifest (`ternq.json`, with the SHA-256
+of every file) is its last file, and one rename gives the folder its final name. Killed at any
+moment, there is either nothing under that name or all of it, and what was there is not lost.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
+from ternq.files import existing_ancestor, plain_name, read_json, sha256, sync, write_json, writing
+
+MANIFEST = "ternq.json"
+FORMAT_VERSION = 1
+_MADE_HERE = (MANIFEST, "run.json")  # what marks a folder as an artefact or a run of ternq
+
+
+def check_output(out: Path, overwrite: bool = False) -> None:
+    """Refuse, before any work, an output that exists (`RecipeError`) or cannot be written.
+
+    With ``overwrite`` an existing folder is replaced only if ternq made it or it is empty. A
+    place that cannot be written is a `ResourceError`.
+    """
+    if out.name in ("", ".."):
+        raise RecipeError(f"'{out}' is no name for a new folder.", "Give -o a name.")
+    _recover(out)
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise RecipeError(
+                f"{out} exists already.", "Choose another name with -o, or pass --overwrite."
+            )
+        if not _replaceable(out):
+            raise RecipeError(
+                f"{out} is not something ternq made, so --overwrite does not delete it.",
+                "Choose another name with -o.",
+            )
+    home = existing_ancestor(out.parent)
+    if not home.is_dir():
+        raise ResourceError(f"{out} cannot be written: {home} is not a folder.")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"{out} cannot be written: no permission to write in {home.absolute()}.",
+            "Choose another place with -o.",
+        )
+
+
+@contextlib.contextmanager
+def staging(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden sibling of ``out`` to write into: published on success, removed on any failure.
+
+    Raises what `check_output` raises, and `ResourceError` when the disk is full or read-only.
+    """
+    check_output(out, overwrite)
+    with writing(out), contextlib.ExitStack() as stack:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        folder = _sibling(out, "staging")
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.enter_context(_claimed(folder))
+        yield folder
+        publish(folder, out, overwrite)
+
+
+def publish(staged: Path, out: Path, overwrite: bool = False) -> None:
+    """Give ``staged`` the name ``out`` by one rename; an old ``out`` steps aside first.
+
+    Killed between the two renames, the old folder lies under a hidden name, and the next command
+    that names ``out`` puts it back.
+    """
+    aside = None
+    if out.exists() or out.is_symlink():
+        check_output(out, overwrite)
+        aside = _sibling(out, "replaced")
+        out.rename(aside)
+    try:
+        staged.rename(out)
+    except OSError:
+        if aside is not None:
+            aside.rename(out)
+        raise
+    sync(out.parent)
+    if aside is not None:
+        _discard(out, aside)
+
+
+def newest_artefact(folder: Path) -> Path | None:
+    """The folder with the newest manifest: ``folder`` itself or a direct subfolder, else None."""
+    candidates = [folder, *(p for p in folder.iterdir() if not p.name.startswith("."))]
+    found = [p for p in candidates if (p / MANIFEST).is_file()]
+    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
+
+
+def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write `ternq.json` with size and SHA-256 of every file of ``folder``; returns its content."""
+    files = [
+        {"path": name, "bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in _files(folder)
+    ]
+    for name in _files(folder):
+        sync(folder / name)
+    manifest = {**(extra or {}), "ternq_format": FORMAT_VERSION, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    sync(folder)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked content of `ternq.json`.
+
+    Raises `InputError` if there is none or it is of a later format, `VerificationError` if it is
+    damaged or names a path outside the folder.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{folder} is not a ternq artefact: it has no {MANIFEST}.",
+            "`ternq ternarize MODEL` makes one.",
+        )
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except InputError as error:
+        raise VerificationError(error.message, error.hint) from error
+    version = manifest.get("ternq_format")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has ternq format {version}; this program reads format {FORMAT_VERSION}.",
+            "Install a newer ternq.",
+        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise VerificationError(f"{folder / MANIFEST} names no format version.")
+    _check_entries(folder / MANIFEST, manifest.get("files"))
+    return manifest
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """Check that the files of ``folder`` are those of its manifest, to the bit; returns it.
+
+    Raises `VerificationError` naming the file that is missing, changed, or not listed. Names that
+    begin with a dot are not looked at (hubs and file browsers add them).
+    """
+    manifest = read_manifest(folder)
+    listed = {entry["path"]: entry for entry in manifest["files"]}
+    for name in sorted(set(_files(folder)) - set(listed)):
+        raise VerificationError(f"{folder / name} is not listed in {MANIFEST}.")
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise VerificationError(f"{path} is missing.")
+        if path.stat().st_size != entry["bytes"]:
+            raise VerificationError(
+                f"{path} has {path.stat().st_size} bytes; {MANIFEST} says {entry['bytes']}."
+            )
+        if sha256(path) != entry["sha256"]:
+            raise VerificationError(f"{path} has changed: its SHA-256 is not that of {MANIFEST}.")
+    return manifest
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative names of the files to list, sorted; the manifest and dot names are left out."""
+    names = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        links = [f for f in folders if (Path(root) / f).is_symlink()]
+        here = Path(root).relative_to(folder)
+        names += [(here / f).as_posix() for f in files + links if not f.startswith(".")]
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _check_entries(path: Path, entries: Any) -> None:
+    if not isinstance(entries, list) or not entries:
+        raise VerificationError(f"{path} lists no files.")
+    seen = set()
+    for entry in entries:
+        if not isinstance(entry, dict) or not plain_name(entry.get("path")):
+            raise VerificationError(f"{path} lists something that is not a file of its folder.")
+        name, size, digest = entry["path"], entry.get("bytes"), entry.get("sha256")
+        if type(size) is not int or not 0 <= size < 2**63:
+            raise VerificationError(f"{path} gives {name} an impossible size.")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise VerificationError(f"{path} gives {name} no SHA-256.")
+        if name in seen or name == MANIFEST:
+            raise VerificationError(f"{path} lists {name} where it may not.")
+        seen.add(name)
+
+
+def _sibling(out: Path, role: str) -> Path:
+    return out.absolute().parent / f".{out.name}.{role}-{secrets.token_hex(4)}"
+
+
+def _siblings(out: Path, role: str) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(out.name)}\.{role}-[0-9a-f]{{8}}")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        return []
+    return [p for p in parent.iterdir() if name.fullmatch(p.name)]
+
+
+def _recover(out: Path) -> None:
+    """Put back what a killed `publish` had moved aside."""
+    aside = _siblings(out, "replaced")
+    if aside and not out.exists():
+        with contextlib.suppress(OSError):
+            max(aside, key=lambda p: p.lstat().st_mtime_ns).rename(out)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed commands left: staging folders nobody holds, and replaced outputs."""
+    for folder in _siblings(out, "staging"):
+        with contextlib.suppress(OSError), _claimed(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    if out.exists():
+        for aside in _siblings(out, "replaced"):
+            _discard(out, aside)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder by a lock that dies with the process; OSError if another one holds it."""
+    if sys.platform == "win32":  # no such lock there, and open folders cannot be removed
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replaceable(out: Path) -> bool:
+    if not out.is_dir() or out.is_symlink():
+        return False
+    return any((out / name).is_file() for name in _MADE_HERE) or not any(out.iterdir())
+
+
+def _discard(out: Path, aside: Path) -> None:
+    """Delete a replaced output, under a name that says it is no longer whole."""
+    doomed = _sibling(out, "staging")
+    aside.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,191 @@
+"""What a ternary model is (`Scheme`) and how it is made (`Training`): frozen, checked, JSON.
+
+Each number lives here once: its type, default, help text, command-line flag and JSON key come from
+one field. The scheme travels in ``config.json``, since it is needed to read a layer; the training
+part lies beside the result and is never needed to load it. Standard library only, so that
+``ternq --help`` costs nothing.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ternq.errors import RecipeError
+
+Ste = Literal["identity", "ttq"]
+Part = TypeVar("Part", "Scheme", "Training")
+
+
+def option(default: Any, help: str, *, hidden: bool = False) -> Any:
+    """A dataclass field that is also a command-line option."""
+    return field(default=default, metadata={"help": help, "hidden": hidden})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Ternary layers"""
+
+    group_size: int = option(128, "Consecutive input columns that share one scale and shift.")
+    shift: bool = option(True, "Learn a shift beside the scale (DLT); without: scale * code.")
+    skip: tuple[str, ...] = option((), "Glob of linear layers to leave dense (repeatable).")
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise RecipeError(
+                f"--group-size is {self.group_size}; a group has at least one column.",
+                "The default is 128.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Training"""
+
+    tokens: int | None = option(None, "Tokens to train on. [default: what fits in two hours]")
+    steps: int | None = option(None, "Optimizer steps, instead of --tokens.")
+    data: tuple[str, ...] = option(
+        (), "Hub dataset, .txt/.jsonl/.parquet file or folder, or 'self'; NAME=WEIGHT to mix."
+    )
+    batch_size: int = option(8, "Blocks of text in one optimizer step.")
+    micro_batch_size: int | None = option(None, "Blocks at once; the rest is accumulated.")
+    sequence_length: int = option(256, "Tokens in a block.")
+    lr: float = option(1e-3, "Peak learning rate of the weights.")
+    scale_lr: float | None = option(None, "Peak rate of scales and shifts. [default: --lr]")
+    warmup: float = option(0.05, "Share of the steps spent warming up.")
+    weight_decay: float = option(0.0, "AdamW's decay, on the linear weights.")
+    clip: float = option(1.0, "Largest global norm of the gradient.")
+    off: float = option(1.0, "Weight of OFF, the feature cosine loss.")
+    kl: float = option(1.0, "Weight of the divergence from the teacher's logits.")
+    ce: float = option(0.0, "Weight of the next-token cross-entropy.")
+    ste: Ste = option("identity", "Gradient of the rounding: identity, or scale outside the zone.")
+    gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.steps is not None:
+            raise RecipeError("--tokens and --steps were both given.", "Name one of them.")
+        for name in ("batch_size", "micro_batch_size", "sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")
+        for name in ("tokens", "steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise RecipeError(f"{flag(name)} is negative.")
+        for name in ("lr", "scale_lr", "warmup", "weight_decay", "clip", "off", "kl", "ce"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise RecipeError(f"{flag(name)} is {value}; it is a finite number, at least 0.")
+        if self.sequence_length < 2:
+            raise RecipeError("--sequence-length is 1; predicting needs at least 2 tokens.")
+        if self.off == self.kl == self.ce == 0:
+            raise RecipeError("--off, --kl and --ce are all 0.", "Nothing would be learned.")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise RecipeError(
+                f"--micro-batch-size {self.micro_batch_size} does not divide "
+                f"--batch-size {self.batch_size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one model was made. ``base`` is a fingerprint of the weights trained from."""
+
+    model: str
+    scheme: Scheme = Scheme()
+    training: Training = Training()
+    seed: int = 0
+    base: str = ""
+    version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, lists for tuples."""
+        return {k: _plain(v) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Recipe":
+        """The inverse of `to_json`; unknown keys and wrong types are a `RecipeError`."""
+        parts = dict(data)
+        unknown = set(parts) - {f.name for f in fields(cls)}
+        if unknown or not isinstance(parts.get("model"), str):
+            raise RecipeError(
+                f"Not a recipe: {'unknown key ' + sorted(unknown)[0] if unknown else 'no model'}."
+            )
+        parts["scheme"] = from_mapping(Scheme, parts.get("scheme", {}))
+        parts["training"] = from_mapping(Training, parts.get("training", {}))
+        return cls(**parts)
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """What differs in the other recipe, a sentence each; version and budget notes included."""
+        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
+        return [
+            f"{key}: {theirs.get(key)} there, {mine[key]} here"
+            for key in mine
+            if mine[key] != theirs.get(key) and key not in _NOT_COMPARED
+        ]
+
+
+# Where the checkpoint interval is set does not change what is computed.
+_NOT_COMPARED = {"training.checkpoint_minutes", "model"}
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def from_mapping(part: type[Part], data: Mapping[str, Any]) -> Part:
+    """Build a `Scheme` or `Training` from JSON, checking names and types."""
+    hints = get_type_hints(part)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        known = ", ".join(sorted(hints))
+        raise RecipeError(f"Unknown setting '{unknown[0]}'.", f"Known: {known}.")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, hints[name]):
+            raise RecipeError(f"Setting '{name}' is {value!r}, which is not {hints[name]}.")
+        values[name] = value
+    return part(**values)
+
+
+def merge(part: Part, overrides: Mapping[str, Any]) -> Part:
+    """The same settings with those of ``overrides`` that are not None put in their place."""
+    return replace(part, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def defaults(part: type[Any]) -> dict[str, Any]:
+    """Name -> default of every field."""
+    return {f.name: f.default for f in fields(part) if f.default is not MISSING}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    if origin is not None:  # X | None
+        return any(_fits(value, a) for a in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

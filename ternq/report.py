@@ -1,0 +1,281 @@
+"""What a verb returned, for people: tables and sentences, on a terminal or as Markdown.
+
+`tables` and `sentences` say what there is to say; `show` and `markdown` only lay it out. rich is
+imported when something is shown.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Payload = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the names of the columns, and rows; every column but the first holds numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def show(payload: Payload, *, stderr: bool = False) -> None:
+    """Print the report of a command on stdout, or on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    for part in render(payload):
+        console.print(part)
+
+
+def show_error(message: str, hint: str | None) -> None:
+    """Say on stderr what went wrong, and on the next line what to do."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), message))
+    if hint:
+        console.print(Text.assemble(("hint:  ", "cyan"), hint))
+
+
+def render(payload: Payload) -> Iterator[Any]:
+    """The rich renderables of a payload: tables, then sentences."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    for table in tables(payload):
+        drawn = RichTable(title=table.title, box=box.SIMPLE_HEAD)
+        drawn.title_justify, drawn.title_style = "left", "bold"
+        for place, name in enumerate(table.header):
+            drawn.add_column(name, justify="right" if place else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*map(Text, row))
+        yield drawn
+    for label, text in sentences(payload):
+        grid = RichTable.grid(padding=(0, 2))
+        grid.add_column(width=12, style="dim")
+        grid.add_column(overflow="fold")
+        grid.add_row(label, Text(text))
+        yield Padding(grid, (0, 0, 0, 2))
+
+
+def markdown(payload: Payload) -> str:
+    """The same report as Markdown, for a job summary or a file."""
+    lines = [f"## ternq {payload.get('command')}: {_escape(_names(payload.get('model')))}", ""]
+    for table in tables(payload):
+        lines += [f"**{_escape(table.title)}**", "", _row(table.header)]
+        lines += [_row(["---", *["---:"] * (len(table.header) - 1)])]
+        lines += [*(_row(map(_escape, row)) for row in table.rows), ""]
+    for label, text in sentences(payload):
+        shown = " ".join(text.split())
+        lines.append(f"- {label}: {_escape(shown)}")
+    return "\n".join(lines) + "\n\n"
+
+
+def tables(payload: Payload) -> Iterator[Table]:
+    """What can be compared."""
+    if "plan" in payload:
+        yield Table("What would be done", ("", ""), [*_plan_rows(payload)])
+        return
+    if "student" in payload:
+        yield _quality(payload)
+    elif "weights" in payload:
+        weights = payload["weights"]
+        row = (_names(payload.get("model")), *_cells(weights, _size(payload)))
+        yield Table("Packed", ("", "bits/weight of linears", "of all", "size"), [row])
+    if "results" in payload:
+        yield from _results(payload)
+    if payload.get("gates"):
+        rows = [
+            (f"{g['name']} {g['task'] or ''}".strip(), number(g["value"]), number(g["limit"]),
+             "passed" if g["passed"] else "FAILED")
+            for g in payload["gates"]
+        ]  # fmt: skip
+        yield Table("Gates", ("gate", "value", "limit", ""), rows)
+
+
+def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
+    """(label, sentence) for what is not a number to compare."""
+    command = payload.get("command")
+    if command == "generate":
+        return
+    if "plan" not in payload and payload.get("training"):
+        yield "trained", _budget(payload["training"])
+    if closed := gap_closed(payload):
+        text = payload["student"]["text"]
+        yield "gap closed", f"{closed:.1%} of the log perplexity that rounding loses, on {text}"
+    if weights := payload.get("weights"):
+        ternary = f"{weights['coverage']:.1%} of the parameters; {weights['zero_share']:.1%} of"
+        yield "ternary", f"{ternary} their codes are zero"
+    if dense := payload.get("dense_layers"):
+        yield "left dense", "\n".join(_dense(dense))
+    if verify := payload.get("verify"):
+        yield "verified", _verified(verify)
+    if payload.get("dtype_note"):
+        yield "note", payload["dtype_note"]
+    for note in payload.get("notes", ()):
+        yield "note", note
+    for sample in payload.get("samples", ()):
+        for who in ("teacher", "student"):
+            yield who, sample["prompt"] + sample[who]
+    if payload.get("out") and "plan" not in payload:
+        yield "written to", str(payload["out"])
+        yield "next", _next(command, str(payload["out"]))
+
+
+def gap_closed(payload: Payload) -> float | None:
+    """The share of (log untrained - log teacher) that training won back, where it is defined."""
+    from math import isfinite, log
+
+    found = [payload.get(who, {}).get("perplexity") for who in ("teacher", "untrained", "student")]
+    if not all(isinstance(p, int | float) and isfinite(p) and p > 0 for p in found):
+        return None
+    teacher, untrained, student = map(log, found)
+    return (untrained - student) / (untrained - teacher) if untrained > teacher else None
+
+
+def number(value: Any) -> str:
+    """Four significant digits, thousands separated; a dash for nothing."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "–" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as gates read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _quality(payload: Payload) -> Table:
+    weights = payload["weights"]
+    packed = _cells(weights, _size(payload))
+    dense = ("16", "16", size(weights["bytes_dense_bf16"]))
+    names = {
+        "teacher": ("teacher (bf16)", dense),
+        "untrained": ("ternary, only rounded", packed),
+        "student": ("ternary, trained", packed),
+    }
+    rows = [
+        (label, number(payload[who]["perplexity"]), *cells)
+        for who, (label, cells) in names.items()
+        if payload.get(who)
+    ]
+    header = ("", "perplexity", "bits/weight of linears", "of all", "size")
+    return Table(f"{_names(payload.get('model'))}: token perplexity on held-out text", header, rows)
+
+
+def _cells(weights: Payload, count: float) -> tuple[str, str, str]:
+    return f"{weights['bpw_linear']:.3f}", f"{weights['bpw_total']:.3f}", size(count)
+
+
+def _size(payload: Payload) -> int:
+    files = payload.get("files")
+    return sum(f["bytes"] for f in files) if files else payload["weights"]["bytes"]
+
+
+def _results(payload: Payload) -> Iterator[Table]:
+    """One table per task: a row per model, a column per metric."""
+    results = payload["results"]
+    tasks = dict.fromkeys(task for own in results.values() for task in own)
+    for task in tasks:
+        having = {model: own[task] for model, own in results.items() if task in own}
+        metrics = dict.fromkeys(
+            key
+            for values in having.values()
+            for key, value in values.items()
+            if isinstance(value, float) and not key.endswith("_stderr")
+        )
+        header = ("model", *(m.replace("_", " ") for m in metrics))
+        rows = [(model, *(_measured(v, m) for m in metrics)) for model, v in having.items()]
+        yield Table(f"{task} {_extent(having)}", header, rows)
+
+
+def _measured(values: Payload, metric: str) -> str:
+    error = values.get(f"{metric}_stderr")
+    shown = number(values.get(metric))
+    return f"{shown} ± {number(error)}" if isinstance(error, float) else shown
+
+
+def _extent(having: Mapping[str, Payload]) -> str:
+    first = next(iter(having.values()))
+    samples = f"{first['samples']:,} samples" if isinstance(first.get("samples"), int) else ""
+    partial = "PARTIAL" if any(v.get("partial") for v in having.values()) else ""
+    inside = ", ".join(filter(None, (samples, partial)))
+    return f"({inside})" if inside else ""
+
+
+def _dense(layers: Sequence[Payload]) -> Iterator[str]:
+    """Layers left dense, those of one reason together."""
+    for reason in dict.fromkeys(layer["reason"] for layer in layers):
+        own = [layer for layer in layers if layer["reason"] == reason]
+        count = sum(layer["parameters"] for layer in own)
+        name = own[0]["name"] + (f" and {len(own) - 1} more" if len(own) > 1 else "")
+        yield f"{name} ({count:,} parameters): {reason}"
+
+
+def _verified(verify: Payload) -> str:
+    difference = verify.get("max_abs_logit_diff")
+    if difference is None:
+        return f"{verify['checked']} layers and the SHA-256 of every file"
+    logits = f"logits differ by at most {difference:.2g}"
+    return f"{verify['checked']} layers are what was trained; {logits}; SHA-256 of every file"
+
+
+def _next(command: Any, out: str) -> str:
+    if command == "distill":
+        return f"ternq pack {out}"
+    return f'ternq generate {out} "Once"'
+
+
+def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
+    """What `ternq.plan.plan` found, each beside what this machine has."""
+    weights, training = payload["weights"], payload["training"]
+    yield "parameters", number(weights["parameters"])
+    yield "of them ternary", f"{weights['coverage']:.1%}"
+    yield "bits per weight of linears", f"{weights['bpw_linear']:.3f}"
+    yield "bits per weight of all", f"{weights['bpw_total']:.3f}"
+    yield "artefact", size(weights["bytes"])
+    yield "training", _budget(training)
+    yield "time", f"{duration(training['seconds'])} of training"
+    for kind in ("memory", "disk"):
+        needed, free = (size(payload[kind][key]) for key in ("needed", "free"))
+        yield kind, f"{needed} of {free} free"
+
+
+def _budget(training: Payload) -> str:
+    rate = f"{training['tokens_per_second']:,.0f} a second"
+    return f"{training['tokens']:,} tokens in {training['steps']:,} steps, {rate}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 48 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _names(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|`*_<>[]":
+        text = text.replace(mark, "\\" + mark)
+    return text

@@ -1,0 +1,41 @@
+"""Stopping on request: a signal sets a flag, which the training loop polls between two steps.
+
+Before anything polls there is nothing to save, so the command then ends at once; so does a second
+Ctrl-C. Only the command line installs the handlers: a library leaves its host's signals alone.
+"""
+
+import signal
+import sys
+from types import FrameType
+
+from ternq.errors import StoppedError
+
+_polled = False
+_request: str | None = None
+
+
+def install() -> None:
+    """Take over SIGINT and SIGTERM (main thread only), forgetting earlier requests."""
+    global _polled, _request
+    _polled, _request = False, None
+    signal.signal(signal.SIGINT, _on_signal)
+    signal.signal(signal.SIGTERM, _on_signal)
+
+
+def requested() -> str | None:
+    """The signal that asked to stop ("SIGINT" or "SIGTERM"), or None; to be polled every step."""
+    global _polled
+    _polled = True
+    return _request
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _request
+    again, _request = _request is not None, signal.Signals(number).name
+    if _polled and not again:
+        if number == signal.SIGINT:
+            sys.stderr.write("\nSaving; press Ctrl-C again to stop at once.\n")
+    elif number == signal.SIGTERM:
+        raise StoppedError("Stopped by SIGTERM.", "The same command begins again.")
+    else:
+        raise KeyboardInterrupt

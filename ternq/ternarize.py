@@ -1,0 +1,151 @@
+"""The main job: a checkpoint in, a packed, verified and measured ternary artefact out.
+
+It is the other verbs in a row: `distill` into a run beside the output (``NAME.run``, which a
+stopped command goes on with), `pack`, and the perplexity of what was packed, loaded again.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ternq import checkpoint, distill, hf
+from ternq.errors import InputError, RecipeError
+from ternq.pack import pack
+from ternq.progress import Event, Progress, ignore
+from ternq.recipe import Recipe, Training, merge
+
+DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
+REPORT = "report.json"
+PROMPTS = {
+    hf.DEMO: ("def read_config(path):\n", 'class Stack:\n    """'),
+    "": ("The capital of France", "Once upon a time"),
+}
+SAMPLE_TOKENS = 40
+
+
+def ternarize(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool | None = None,
+    overwrite: bool = False,
+    keep_dtype: bool = False,
+    time_limit: float | None = None,
+    device: str = "cpu",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = ignore,
+) -> dict[str, Any]:
+    """Make ``model`` ternary and write the packed artefact to ``out``: the contract's fields.
+
+    A finished artefact of the same recipe is left as it is, and its report returned.
+
+    Raises:
+        RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
+    """
+    recipe = with_defaults(model, recipe)
+    run = out.with_name(out.name + ".run")
+    finished = _finished(out, recipe) if not overwrite else None
+    if finished is not None:
+        progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
+        return finished
+    checkpoint.check_output(out, overwrite)
+    if resume and not (run / hf.RUN_FILE).is_file():
+        raise InputError(f"There is nothing to resume for '{out}'.", "Leave --resume out.")
+    prepared, record = distill.begin(
+        model,
+        run,
+        recipe,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    trained = distill.train_run(prepared, run, record, time_limit=time_limit, progress=progress)
+    progress(Event("pack", "Packing, and loading what was packed to compare it"))
+    packed = pack(
+        replace(prepared.student, kind="run", path=run),
+        out,
+        overwrite=overwrite,
+        keep_dtype=keep_dtype,
+        progress=progress,
+        extra={"asked": recipe.to_json()},
+    )
+    reloaded = hf.load(str(out), dtype=torch.float32, device=device)
+    student = distill.perplexity(prepared, reloaded, progress, "packed student")
+    report = trained | packed | {"student": student, "notes": trained["notes"]}
+    report |= {"samples": samples(model, prepared.teacher, reloaded)}
+    checkpoint.write_json(run / REPORT, report)
+    keep_reports(run, out)
+    distill.remove_run(run)
+    return report
+
+
+def with_defaults(model: str, recipe: Recipe) -> Recipe:
+    """The recipe with the demo's own training settings where it leaves them at their defaults."""
+    if model != hf.DEMO:
+        return recipe
+    stored = checkpoint.read_json(hf.DEMO_FOLDER / "recipe.json")
+    asked, plain = recipe.training, Training()
+    named = {k: getattr(asked, k) for k in vars(plain) if getattr(asked, k) != getattr(plain, k)}
+    if os.environ.get(DEMO_STEPS):
+        stored["steps"] = int(os.environ[DEMO_STEPS])
+    if named.get("tokens") is not None:
+        stored.pop("steps", None)
+    return replace(recipe, training=merge(merge(plain, stored), named))
+
+
+def keep_reports(run: Path, out: Path) -> None:
+    """Put the run's records beside the artefact: its folder holds only what its manifest names."""
+    folder = out.with_name(out.name + ".report")
+    folder.mkdir(exist_ok=True)
+    for name in (REPORT, "metrics.jsonl", hf.RUN_FILE):
+        if (run / name).is_file():
+            (run / name).replace(folder / name)
+
+
+def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The report of an artefact that this very recipe made; None where ``out`` does not exist."""
+    report = out.with_name(out.name + ".report") / REPORT
+    if not (out / checkpoint.MANIFEST).is_file() or not report.is_file():
+        return None
+    asked = checkpoint.read_manifest(out).get("asked")
+    if not isinstance(asked, dict):
+        return None
+    differences = recipe.differences(Recipe.from_json(asked))
+    if differences or asked.get("model") != recipe.model:
+        raise RecipeError(
+            f"'{out}' was made with another recipe ({'; '.join(differences) or 'another model'}).",
+            "Choose another -o, or pass --overwrite.",
+        )
+    return checkpoint.read_json(report)
+
+
+def samples(model: str, teacher: hf.Loaded, student: hf.Loaded) -> list[dict[str, str]]:
+    """What teacher and student write after the same prompts, greedily."""
+    prompts = PROMPTS.get(model, PROMPTS[""])
+    return [
+        {"prompt": p, "teacher": continued(teacher, p), "student": continued(student, p)}
+        for p in prompts
+    ]
+
+
+@torch.no_grad()
+def continued(loaded: hf.Loaded, prompt: str) -> str:
+    """The likeliest text after a prompt."""
+    loaded.model.eval()
+    ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.model.device)
+    new = loaded.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=SAMPLE_TOKENS,
+        do_sample=False,
+        pad_token_id=loaded.tokenizer.eos_token_id,
+    )
+    return str(loaded.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))

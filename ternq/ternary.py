@@ -1,0 +1,193 @@
+"""Ternary mathematics: a weight is ``scale * code + shift``, code in {-1, 0, +1} (DLT).
+
+Each row of a weight ``[out, in]`` is cut into groups of ``group_size`` consecutive columns; the
+last group of a row may be shorter and has a scale and shift of its own. Scales and shifts are
+``[out, groups]``. Nothing here knows a module, a file or a terminal.
+
+Sources. DLT is due to TernaryLLM (Chen et al. 2024, arXiv 2406.07177), whose full text was not
+seen: its form ``alpha * T + gamma`` with both learned is as quoted by PT2-LLM (arXiv 2510.03267,
+eq. 4), its threshold as quoted by CAT-Q (arXiv 2606.26650) for TWN (Li et al. 2016, arXiv 1605.04711).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+THRESHOLD = 0.7  # of the group's mean absolute value: TWN's rule
+
+
+def n_groups(columns: int, group_size: int) -> int:
+    """Groups in a row; the last may be shorter."""
+    return -(-columns // group_size)
+
+
+def group_lengths(columns: int, group_size: int, device: Any = None) -> Tensor:
+    """Columns in each group of a row, float32 ``[groups]``."""
+    lengths = torch.full((n_groups(columns, group_size),), float(group_size), device=device)
+    lengths[-1] = columns - group_size * (len(lengths) - 1)
+    return lengths
+
+
+def grouped(matrix: Tensor, group_size: int) -> Tensor:
+    """``[out, in]`` as ``[out, groups, group_size]``; a short last group is filled with zeros."""
+    rows, columns = matrix.shape
+    groups = n_groups(columns, group_size)
+    missing = groups * group_size - columns
+    padded = F.pad(matrix, (0, missing)) if missing else matrix
+    return padded.reshape(rows, groups, group_size)
+
+
+def ungrouped(groups: Tensor, columns: int) -> Tensor:
+    """The inverse of `grouped`: ``[out, groups, group_size]`` as ``[out, columns]``."""
+    return groups.flatten(1)[:, :columns]
+
+
+def _codes(groups: Tensor, lengths: Tensor) -> Tensor:
+    """Codes in the dtype of ``groups`` ``[out, groups, group_size]``: the filling gets 0."""
+    magnitude = groups.abs()
+    threshold = magnitude.sum(2, keepdim=True) * (THRESHOLD / lengths).unsqueeze(1)
+    return torch.sign(groups) * (magnitude > threshold)
+
+
+def quantize(weight: Tensor, group_size: int) -> Tensor:
+    """Codes of a weight ``[out, in]``: the sign where ``|w| > 0.7 * mean|w|`` of the group, else 0.
+
+    Returns int8 ``[out, in]``. Of Gaussian weights 42 % become 0.
+
+    >>> quantize(torch.tensor([[1.0, -2.0, 0.1, 0.0]]), 4).tolist()
+    [[1, -1, 0, 0]]
+    """
+    lengths = group_lengths(weight.shape[1], group_size, weight.device)
+    codes = _codes(grouped(weight.detach().float(), group_size), lengths)
+    return ungrouped(codes, weight.shape[1]).to(torch.int8)
+
+
+def fit(
+    weight: Tensor, codes: Tensor, group_size: int, shift: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift that minimise ``sum (w - scale * code - shift)^2`` in each group.
+
+    Without shift: TWN's scale, the mean of ``w * code`` over codes that are not 0. With shift: the
+    joint least squares of both (PT2-LLM, arXiv 2510.03267, eq. 9). Where all codes of a group are
+    alike the two are not determined: nonzero codes keep TWN's scale with shift 0, which fits as
+    well and leaves a scale to learn; zero codes get scale 0 and the mean as shift.
+
+    Returns float32 ``[out, groups]``, and the same or None.
+    """
+    w, t = grouped(weight.detach().float(), group_size), grouped(codes.float(), group_size)
+    m = group_lengths(weight.shape[1], group_size, weight.device)
+    wt, tt = (w * t).sum(2), (t * t).sum(2)
+    twn = torch.where(tt > 0, wt / tt.clamp(min=1), torch.zeros_like(wt))
+    if not shift:
+        return twn, None
+    w1, t1 = w.sum(2), t.sum(2)
+    determinant = m * tt - t1 * t1
+    solvable = determinant > 0
+    safe = torch.where(solvable, determinant, torch.ones_like(determinant))
+    scale = torch.where(solvable, (m * wt - t1 * w1) / safe, twn)
+    mean = torch.where(tt > 0, torch.zeros_like(w1), w1 / m)
+    offset = torch.where(solvable, (tt * w1 - t1 * wt) / safe, mean)
+    return scale, offset
+
+
+def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, group_size: int) -> Tensor:
+    """``scale * code + shift`` as float32 ``[out, in]``."""
+    groups = grouped(codes.float(), group_size) * scale.float().unsqueeze(2)
+    if shift is not None:
+        groups = groups + shift.float().unsqueeze(2)
+    return ungrouped(groups, codes.shape[1])
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """`fake_quantize` with its straight-through gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, shift: Tensor | None, group_size: int, ste: str
+    ) -> Tensor:
+        lengths = group_lengths(weight.shape[1], group_size, weight.device)
+        codes = _codes(grouped(weight, group_size), lengths)
+        ctx.save_for_backward(codes.to(torch.int8), scale)
+        ctx.columns, ctx.ste, ctx.has_shift = weight.shape[1], ste, shift is not None
+        values = codes.mul_(scale.unsqueeze(2))
+        if shift is not None:
+            values.add_(shift.unsqueeze(2))
+        return ungrouped(values, weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale = ctx.saved_tensors
+        g = grouped(gradients[0], codes.shape[2])
+        grad_scale = (g * codes).sum(2) if ctx.needs_input_grad[1] else None
+        grad_shift = g.sum(2) if ctx.has_shift and ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_scale, grad_shift, None, None
+        if ctx.ste == "ttq":
+            g = torch.where(codes != 0, g * scale.unsqueeze(2), g)
+        return ungrouped(g, ctx.columns), grad_scale, grad_shift, None, None
+
+
+def fake_quantize(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    group_size: int,
+    ste: Literal["identity", "ttq"] = "identity",
+) -> Tensor:
+    """The value of `dequantize(quantize(weight))` with a gradient: float ``[out, in]``.
+
+    ``d scale = sum g * code`` and ``d shift = sum g`` over the group (chain rule). The rounding
+    passes its gradient straight through: ``d w = g`` (``identity``), or ``g * scale`` where the
+    code is not 0 and ``g`` where it is (``ttq``, after Trained Ternary Quantization; attributed to
+    TernaryLLM by a reviewer of Tequila, arXiv 2509.23809; original not seen).
+    """
+    value: Tensor = _FakeQuantize.apply(weight, scale, shift, group_size, ste)  # type: ignore[no-untyped-call]
+    return value
+
+
+def canonical(
+    codes: Tensor, scale: Tensor, shift: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The one stored form of a ternary weight: int8 codes, float16 scale >= 0, float16 shift.
+
+    A negative scale is made positive by negating its codes. A group that stores one value only (all
+    codes alike, or a scale that is 0 in float16) gets codes 0 and scale 0, its value as shift;
+    without shifts that is done for the value 0 alone.
+
+    Raises:
+        ValueError: a scale or shift is not finite, or beyond float16 (65504).
+    """
+    half = scale.detach().half()
+    half_shift = None if shift is None else shift.detach().half()
+    _refuse_not_finite("scale", half)
+    if half_shift is not None:
+        _refuse_not_finite("shift", half_shift)
+    t = grouped(codes, group_size)
+    t = torch.where((half < 0).unsqueeze(2), -t, t)
+    half = half.abs()
+    inside = _inside(codes.shape[1], group_size, codes.device)
+    first = t[:, :, :1]
+    alike = ((t == first) | ~inside).all(2)
+    value = half.float() * first.squeeze(2).float()
+    if half_shift is None:
+        single = (half == 0) | (alike & (value == 0))
+    else:
+        single = (half == 0) | alike
+        value = torch.where(half == 0, torch.zeros_like(value), value) + half_shift.float()
+        half_shift = torch.where(single, value.half(), half_shift) + 0.0
+        _refuse_not_finite("shift", half_shift)
+    t = torch.where(single.unsqueeze(2), torch.zeros_like(t), t)
+    half = torch.where(single, torch.zeros_like(half), half)
+    return ungrouped(t, codes.shape[1]).contiguous(), half, half_shift
+
+
+def _refuse_not_finite(name: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"a {name} is not finite or too large for float16")
+
+
+def _inside(columns: int, group_size: int, device: Any) -> Tensor:
+    """Which places of the groups are columns and not filling: bool ``[1, groups, group_size]``."""
+    return grouped(torch.ones(1, columns, device=device), group_size).bool()
