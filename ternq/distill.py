@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ternq
 from ternq import budget, checkpoint, data, hf
-from ternq.errors import InputError, RecipeError, ResourceError
+from ternq.errors import InputError, RecipeError
 from ternq.linear import (
     Selection,
     TernaryLinear,
@@ -32,12 +32,13 @@ from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
 from ternq.text import is_offline
-from ternq.train import METRICS, Trainer, checkpoints, remove
+from ternq.train import CHECKPOINTS, METRICS, Trainer, checkpoints, remove
 from ternq.weights import stored_dtype, weights_summary
 
 HELD_OUT_TOKENS = 8 * BLOCK
 DEFAULT_DATA = "allenai/c4"
 REPORT = "report.json"
+OWN_TEXT_FILE = "self.json"
 OWN_TEXT_STEPS = 100  # of text that the teacher writes where no budget is named
 OWN_TEXT_TOKENS = 200_000  # written at most; a longer training reads them again
 
@@ -96,6 +97,8 @@ def distill(
     report = train_run(prepared, out, record, time_limit=time_limit, progress=progress)
     report["student"] = perplexity(prepared, prepared.student, progress, "student")
     checkpoint.write_json(out / REPORT, report)
+    for old in checkpoints(out):  # only now: a run that stops before it is done goes on from them
+        remove(old)
     return report
 
 
@@ -119,7 +122,7 @@ def begin(
         _same_run(out, prepared, progress)
     else:
         _begin_run(out, prepared)
-    return prepared, checkpoint.read_json(out / hf.RUN_FILE)
+    return prepared, hf.read_run(out)
 
 
 def _existing(out: Path, overwrite: bool, resume: bool | None) -> bool:
@@ -133,7 +136,8 @@ def _existing(out: Path, overwrite: bool, resume: bool | None) -> bool:
         return True
     if resume:
         raise InputError(f"There is no run to resume in '{out}'.", "Leave --resume out.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    begun = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off
+    if out.exists() and (not out.is_dir() or any(p.name not in begun for p in out.iterdir())):
         raise RecipeError(
             f"'{out}' exists and is no run of ternq.", "Choose another folder with -o."
         )
@@ -197,16 +201,19 @@ def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any])
             f"'{base.source}' is ternary, and does not say what it was made from.",
             "Name its full-precision teacher with --teacher.",
         )
-    return hf.load(source, dtype=torch.float32, **options)
+    found = hf.load(source, dtype=torch.float32, **options)
+    return found if teacher or found.kind == "dense" else _from_ternary(found, None, options)
 
 
 def _recorded_base(base: hf.Loaded) -> str | None:
     if base.path is None:
         return None
     if base.kind == "run":
-        record = checkpoint.read_json(base.path / hf.RUN_FILE)
-    else:
+        record = hf.read_run(base.path)
+    elif (base.path / checkpoint.MANIFEST).is_file():
         record = checkpoint.read_manifest(base.path)
+    else:  # an artefact that was loaded and saved again
+        return None
     model = record.get("recipe", {}).get("model")
     return model if isinstance(model, str) else None
 
@@ -288,7 +295,7 @@ def _own_text(
     per_step = recipe.training.batch_size * length
     tokens = recipe.training.tokens or (recipe.training.steps or OWN_TEXT_STEPS) * per_step
     blocks = max(16, min(tokens, OWN_TEXT_TOKENS) // length) + HELD_OUT_TOKENS // length // 4
-    kept = None if cache is None else cache / "self.json"
+    kept = None if cache is None else cache / OWN_TEXT_FILE
     key = [teacher.source, recipe.base, recipe.seed, blocks, length]
     if kept is not None and kept.is_file():
         record = checkpoint.read_json(kept)
@@ -342,8 +349,6 @@ def train_run(
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
     checkpoint.save_tensors(hf.unique_state(student.model), out / hf.STUDENT_FILE)
-    for old in checkpoints(out):
-        remove(old)
     student.model.eval()
     tokens = steps * recipe.training.batch_size * recipe.training.sequence_length
     return {
@@ -403,11 +408,9 @@ def _steps(trainer: Trainer, progress: Progress) -> int:
 
 
 def _begin_run(out: Path, prepared: Prepared) -> None:
-    try:
+    with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         hf.save_base(prepared.student, out / hf.BASE_FOLDER)
-    except OSError as error:
-        raise ResourceError(f"'{out}' cannot be written: {error.strerror or error}.") from None
     record = {
         "ternq_run": 1,
         "recipe": prepared.recipe.to_json(),
@@ -420,7 +423,7 @@ def _begin_run(out: Path, prepared: Prepared) -> None:
 
 
 def _same_run(out: Path, prepared: Prepared, progress: Progress) -> None:
-    record = checkpoint.read_json(out / hf.RUN_FILE)
+    record = hf.read_run(out)
     differences = prepared.recipe.differences(Recipe.from_json(record["recipe"]))
     if not differences and record.get("text_sha256") != _digest(prepared.held_out):
         differences = ["the text is another"]
@@ -446,8 +449,11 @@ def _digest(ids: Tensor) -> str:
 
 def remove_run(out: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for old in [*checkpoints(out), out / hf.BASE_FOLDER]:
+    for old in [*(out / CHECKPOINTS).glob("step-*"), out / hf.BASE_FOLDER]:
         if old.is_dir():
             remove(old)
-    for name in (hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, "self.json"):
+    for name in (hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, OWN_TEXT_FILE):
         (out / name).unlink(missing_ok=True)
+    for folder in (out / CHECKPOINTS, out):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ternq import checkpoint
-from ternq.errors import InputError, ResourceError
-from ternq.linear import TernaryLinear, features, is_linear
+from ternq.errors import InputError, ResourceError, VerificationError
+from ternq.linear import TernaryLinear, features, is_linear, packed_layers
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe
+from ternq.recipe import Recipe, display_name
 
 Kind = Literal["dense", "packed", "run"]
 RUN_FILE = "run.json"  # makes a folder a run
@@ -50,18 +50,6 @@ class Loaded:
     dtype: torch.dtype
 
 
-def display_name(model: str) -> str:
-    """The last part of a hub id or path, without ``.gguf``; default outputs are named after it.
-
-    >>> display_name("meta-llama/Meta-Llama-3-8B")
-    'Meta-Llama-3-8B'
-    """
-    name = model.rstrip("/").rsplit("/", 1)[-1] or Path(model).resolve().name
-    if name in (".", ".."):
-        name = Path(model).resolve().name
-    return name.removesuffix(".gguf")
-
-
 def load(
     model: str,
     *,
@@ -78,27 +66,40 @@ def load(
     Raises:
         InputError: it is missing, damaged, not a causal language model, quantized by another
             program, incomplete, or holds weights that are not finite.
+        VerificationError: the same of an artefact of ternq.
     """
     path = local_path(model)
     progress(Event("load", f"Loading {model}"))
     if path is not None and (path / RUN_FILE).is_file():
         return _load_run(model, path, device)
-    kind: Kind = (
-        "packed" if path is not None and (path / checkpoint.MANIFEST).is_file() else "dense"
-    )
     where, options = _where(model, path)
     options |= {"local_files_only": offline, "trust_remote_code": trust_remote_code}
-    with _in_words(model, offline):
+    with _of_artefact(path), _in_words(model, offline):
         config = _config(model, where, options)
         own = getattr(config, "dtype", None)
         if dtype is None:
             dtype = torch.float32 if device == "cpu" or own is None else own
         loaded, tokenizer = _weights(model, where, options, config, dtype)
-    _refuse_not_finite(loaded, model)
+        _refuse_not_finite(loaded, model)
+    kind: Kind = "packed" if packed_layers(loaded) else "dense"
     stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
     return Loaded(
         _to(loaded.eval(), device), tokenizer, display_name(model), model, kind, path, stored
     )
+
+
+@contextmanager
+def _of_artefact(path: Path | None) -> Iterator[None]:
+    """What is wrong with an artefact of ours is a `VerificationError`, with its own exit status."""
+    if path is None or not (path / checkpoint.MANIFEST).is_file():
+        yield
+        return
+    checkpoint.read_manifest(path)
+    try:
+        yield
+    except InputError as error:
+        hint = f"`ternq pack --verify {path}` says more."
+        raise VerificationError(error.message, hint) from error
 
 
 def _to(model: Any, device: str) -> Any:
@@ -183,11 +184,11 @@ def _load_run(model: str, path: Path, device: str) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     build: Any = AutoModelForCausalLM.from_config
-    run = checkpoint.read_json(path / RUN_FILE)
+    run = read_run(path)
     if not (path / STUDENT_FILE).is_file():
         raise InputError(
             f"The run '{model}' is not finished.",
-            f"Go on with it: ternq distill {run.get('recipe', {}).get('model', 'MODEL')} -o {path}",
+            f"Go on with it: ternq distill {run['recipe'].get('model', 'MODEL')} -o {path}",
         )
     recipe = Recipe.from_json(run["recipe"])
     with _in_words(model, offline=True):
@@ -199,6 +200,15 @@ def _load_run(model: str, path: Path, device: str) -> Loaded:
     stored = getattr(torch, str(run["dtype"]))
     name = display_name(recipe.model)
     return Loaded(_to(loaded.eval(), device), tokenizer, name, model, "run", path, stored)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run says; `InputError` if it is damaged."""
+    record = checkpoint.read_json(folder / RUN_FILE)
+    for name, kind in (("recipe", dict), ("modules", list), ("dtype", str)):
+        if not isinstance(record.get(name), kind):
+            raise InputError(f"{folder / RUN_FILE} is damaged: it holds no {name}.")
+    return record
 
 
 def put_ternary(model: nn.Module, names: list[str], recipe: Recipe) -> None:
@@ -281,7 +291,7 @@ def _config(model: str, where: str, options: dict[str, Any]) -> Any:
 def _weights(
     model: str, where: str, options: dict[str, Any], config: Any, dtype: torch.dtype
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     extra = {} if "gguf_file" in options else {"use_safetensors": True, "config": config}
     found: Any = AutoModelForCausalLM.from_pretrained(
@@ -294,7 +304,19 @@ def _weights(
             f"'{model}' lacks {len(missing)} of the weights that its configuration asks for, "
             f"such as {missing[0]}."
         )
-    return loaded, AutoTokenizer.from_pretrained(where, **options)
+    return loaded, _tokenizer(model, where, options)
+
+
+def _tokenizer(model: str, where: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:  # tokenizers raises nothing narrower for a damaged file
+        raise InputError(
+            f"'{model}' has no tokenizer that can be loaded ({_first_line(error).rstrip(' :.')}).",
+            "Put the model's own tokenizer.json and tokenizer_config.json beside its weights.",
+        ) from error
 
 
 def _refuse_not_finite(model: nn.Module, source: str) -> None:

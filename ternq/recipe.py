@@ -9,6 +9,7 @@ part lies beside the result and is never needed to load it. Standard library onl
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ternq.errors import RecipeError
@@ -127,6 +128,17 @@ class Recipe:
 
 # Where the checkpoint interval is set does not change what is computed.
 _NOT_COMPARED = {"training.checkpoint_minutes", "model"}
+
+
+def display_name(model: str) -> str:
+    """The last part of a hub id or path, without ``.gguf``; default outputs are named after it.
+
+    >>> display_name("meta-llama/Meta-Llama-3-8B")
+    'Meta-Llama-3-8B'
+    """
+    path = Path(model)
+    name = (path.resolve() if path.exists() else path).name
+    return name.removesuffix(".gguf")
 
 
 def flag(name: str) -> str:

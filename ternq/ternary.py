@@ -6,7 +6,8 @@ last group of a row may be shorter and has a scale and shift of its own. Scales 
 
 Sources. DLT is due to TernaryLLM (Chen et al. 2024, arXiv 2406.07177), whose full text was not
 seen: its form ``alpha * T + gamma`` with both learned is as quoted by PT2-LLM (arXiv 2510.03267,
-eq. 4), its threshold as quoted by CAT-Q (arXiv 2606.26650) for TWN (Li et al. 2016, arXiv 1605.04711).
+eq. 4), its threshold as quoted by CAT-Q (arXiv 2606.26650) for TWN (Li et al. 2016, arXiv
+1605.04711).
 """
 
 from typing import Any, Literal

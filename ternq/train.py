@@ -71,8 +71,9 @@ class Trainer:
             StoppedError: SIGTERM or the time limit; InterruptedByUser: Ctrl-C; each after saving.
             DivergenceError: the loss or a gradient is not finite.
         """
-        for _ in range(self.step * self.settings.batch_size):
-            next(self.blocks)
+        if self.step < self.steps:
+            for _ in range(self.step * self.settings.batch_size):
+                next(self.blocks)
         began = saved = time.monotonic()
         before = self.seconds
         while self.step < self.steps:
@@ -203,8 +204,8 @@ class Trainer:
         name = f"step-{self.step:08d}"
         folder = self.folder / CHECKPOINTS
         staged = folder / (name + ".part")
-        if staged.exists():  # left by a run that was killed while it wrote
-            remove(staged)
+        for left in folder.glob("*.part"):  # by a run that was killed, or had no room, as it wrote
+            remove(left)
         staged.mkdir(parents=True)
         checkpoint.save_tensors(unique_state(self.student), staged / "student.safetensors")
         state = self.optimizer.state_dict()["state"]

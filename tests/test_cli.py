@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import ternq
-from ternq import cli, errors, stop, terminal
+from ternq import boundary, cli, errors, stop, terminal
 from ternq.options import duration_of
 from ternq.progress import Event
 from ternq.recipe import Scheme, Training, flag
@@ -76,7 +76,9 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(cli, "_set_environment", lambda verbose, offline: None)
+    monkeypatch.setattr(boundary, "_set_environment", lambda verbose, offline: None)
+    monkeypatch.setattr(stop, "_request", None)  # and so put back: tests of training poll it
+    monkeypatch.setattr(stop, "_polled", False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -267,7 +269,7 @@ def test_a_prompt_after_two_dashes_is_no_flag(
      ("a/b.gguf", "b-ternary"), ("some/folder/", "folder-ternary")],
 )  # fmt: skip
 def test_default_output(model: str, out: str) -> None:
-    assert cli.default_out(model) == Path(out)
+    assert boundary.default_out(model) == Path(out)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,257 @@
+"""The one boundary around all commands: results out, exceptions to a sentence and an exit status.
+
+`run` alone prints results and keeps stdout to one JSON object under ``--json``; `call` puts signal
+handlers and a progress display around a verb.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+import ternq
+from ternq import stop
+from ternq.errors import (
+    GateError,
+    InterruptedByUser,
+    RecipeError,
+    ResourceError,
+    TernqError,
+)
+from ternq.recipe import display_name
+
+Payload = dict[str, Any]
+
+SCHEMA_VERSION = 1
+# typer brings its own click, or since 0.26 a copy of it, and exports this child of its usage errors
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+
+@dataclass
+class Session:
+    """What is known of one command line, whatever becomes of it."""
+
+    arguments: Sequence[str]
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    command: str | None = None
+    payload: Payload = field(default_factory=dict)
+    finished: bool = False
+    summary_md: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+class UsageMistake(RecipeError):
+    """A command line that cannot be understood."""
+
+
+class InternalError(TernqError):
+    """What nobody foresaw: a bug."""
+
+
+def run(app: typer.Typer, commands: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run one command line; the result, the message and the returned exit status agree."""
+    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    command = next((a for a in ours if a in commands), None)
+    session = Session(arguments, json="--json" in ours, command=command)
+    error: TernqError | None = None
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if session.json else contextlib.nullcontext():
+            _invoke(app, session)
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as caught:
+        error = _in_words(caught)
+        if session.verbose:
+            traceback.print_exc()
+    try:
+        _report(session)
+    except OSError as caught:
+        error = error or _in_words(caught)
+    return _end(session, error)
+
+
+def _invoke(app: typer.Typer, session: Session) -> None:
+    arguments = list(session.arguments)
+    status = app(arguments, standalone_mode=False, prog_name="ternq", obj=session)
+    if status == 130:  # so typer reports a Ctrl-C
+        raise KeyboardInterrupt
+    plan, failed = session.payload.get("fits"), _failed_gates(session.payload)
+    if plan is False:
+        raise ResourceError(session.payload.get("reason") or "This does not fit the machine.")
+    if failed:
+        count = f"{len(failed)} of {len(session.payload['gates'])} gates"
+        raise GateError(f"{count} failed: {', '.join(failed)}.")
+
+
+def _failed_gates(payload: Payload) -> list[str]:
+    return [
+        " ".join(filter(None, (gate["name"], gate["task"])))
+        for gate in payload.get("gates", ())
+        if not gate["passed"]
+    ]
+
+
+def _report(session: Session) -> None:
+    """Show what the verb returned: on stdout, or under ``--json`` on stderr; and as Markdown."""
+    if not session.finished:
+        return
+    from ternq import report
+
+    payload = {"command": session.command, **session.payload}
+    if session.summary_md:
+        with session.summary_md.open("a", encoding="utf-8") as file:
+            file.write(report.markdown(payload))
+    if not session.quiet:
+        report.show(payload, stderr=session.json)
+
+
+def _end(session: Session, error: TernqError | None) -> int:
+    """Say the error in one sentence with its way out, print the JSON, return the exit status."""
+    if error:
+        from ternq import report
+
+        report.show_error(error.message, error.hint)
+    if session.json:
+        text = json.dumps(_plain(_envelope(session, error)), ensure_ascii=False, allow_nan=False)
+        print(text, flush=True)
+    return error.exit_code if error else 0
+
+
+def _envelope(session: Session, error: TernqError | None) -> Payload:
+    """The JSON object of the contract: the common fields first, then the command's own."""
+    code = error.exit_code if error else 0
+    said = error and {
+        "type": type(error).__name__.replace("UsageMistake", "UsageError"),
+        "message": error.message,
+        "hint": error.hint,
+    }
+    fixed: Payload = {
+        "schema_version": SCHEMA_VERSION,
+        "command": session.command,
+        "status": "stopped" if code in (75, 130) else "failed" if code else "ok",
+        "exit_code": code,
+        "error": said,
+        "version": ternq.__version__,
+    }
+    seconds = round(time.monotonic() - session.started, 3)
+    own = {"seed": None, "duration_s": None, "model": None, "out": None, **session.payload}
+    return fixed | {k: v for k, v in own.items() if k not in fixed} | {"duration_s": seconds}
+
+
+def _in_words(error: BaseException) -> TernqError:
+    """Any exception as a `TernqError`; what nobody foresaw leaves its traceback in a file."""
+    if isinstance(error, TernqError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptedByUser("Interrupted.", "The same command goes on, or begins again.")
+    if isinstance(error, UsageError):
+        return _usage(error)
+    if _is_memory(error):
+        return ResourceError(
+            "Not enough memory.", "Try a smaller --batch-size or --sequence-length."
+        )
+    if isinstance(error, OSError):
+        from ternq.files import REFUSALS
+
+        if error.errno in REFUSALS:
+            return ResourceError(f"{error.filename or 'A file'}: {REFUSALS[error.errno]}.")
+    return _bug(error)
+
+
+def _usage(error: Any) -> TernqError:
+    message = " ".join(error.format_message().split())
+    path = error.ctx.command_path if error.ctx else "ternq"
+    return UsageMistake(message, f"See {path} --help.")
+
+
+def _bug(error: BaseException) -> TernqError:
+    handle, path = tempfile.mkstemp(prefix="ternq-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"ternq {ternq.__version__}, Python {sys.version}\n{sys.argv}\n")
+        traceback.print_exception(error, file=file)
+    first = str(error).strip().partition("\n")[0]
+    return InternalError(
+        f"This is a bug in ternq ({type(error).__name__}: {first}).", f"The traceback is in {path}"
+    )
+
+
+def _is_memory(error: BaseException) -> bool:
+    text = str(error)
+    asked = "can't allocate memory" in text or "out of memory" in text
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and asked)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: paths become strings, numbers that are not finite null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def call(session: Session, name: str, verb: Any, given: Payload) -> None:
+    """Call a verb between signal handlers and a progress display; keep what it returns."""
+    from ternq import terminal
+
+    flags = {key: given.pop(key) for key in ("json", "quiet", "verbose", "no_progress", "help_all")}
+    session.command, session.quiet, session.verbose = name, flags["quiet"], flags["verbose"]
+    session.summary_md = given.pop("summary_md", None)
+    if "out" in given and given["out"] is None and given["model"]:
+        given["out"] = default_out(given["model"])
+    session.payload = {key: given.get(key) for key in ("model", "out", "seed")}
+    _check_appendable(session.summary_md)
+    _set_environment(session.verbose, given.get("offline", False))
+    stop.install()
+    display = terminal.display(quiet=session.quiet, plain=flags["no_progress"])
+    try:
+        result = verb(**given, progress=display)
+    finally:
+        display.close()
+    known = session.payload
+    session.payload = {
+        **known,
+        **{k: v for k, v in result.items() if v is not None or k not in known},
+    }
+    session.finished = True
+
+
+def default_out(model: str) -> Path:
+    """``<model name>-ternary`` in the working folder."""
+    return Path(f"{display_name(model)}-ternary")
+
+
+def _check_appendable(path: Path | None) -> None:
+    """Fail before the work, not after it, where the report cannot be written."""
+    if path:
+        with path.open("a", encoding="utf-8"):
+            pass
+
+
+def _set_environment(verbose: bool, offline: bool) -> None:
+    """Keep the libraries as quiet, and as far from the network, as the flags ask."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if not verbose:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

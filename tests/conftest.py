@@ -1,0 +1,44 @@
+"""What several test files share: one artefact of the demo model, made once."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = "2"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A working folder that holds ``demo-ternary``, and what making it printed."""
+
+    folder: Path
+    printed: str
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A program in the folder, with this Python's ``ternq`` and ``python`` on the path."""
+        tools = str(Path(sys.executable).parent)
+        environment = os.environ | {
+            "TERNQ_DEMO_STEPS": STEPS,
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "80",
+            "PATH": tools + os.pathsep + os.environ["PATH"],
+        }
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """``demo-ternary``, two steps trained by ``examples/python_api.py``; and a text beside it."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "notes.txt").write_text((ROOT / "ternq" / "recipe.py").read_text(encoding="utf-8"))
+    made = Demo(folder, "").run("python", str(ROOT / "examples" / "python_api.py"))
+    return Demo(folder, made.stdout)

@@ -1,0 +1,47 @@
+"""The examples, run as their first lines say, on one artefact of the demo model."""
+
+import json
+
+import pytest
+from conftest import ROOT, STEPS, Demo
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is_file())
+
+
+def example(name: str) -> str:
+    return str(ROOT / "examples" / name)
+
+
+def test_every_example_is_known_here() -> None:
+    """train_demo.py trains for an hour and is not run."""
+    assert EXAMPLES == ["ci.sh", "load_artefact.py", "python_api.py", "train_demo.py"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "train_demo.py"])
+def test_an_example_is_short(name: str) -> None:
+    assert len((ROOT / "examples" / name).read_text().splitlines()) <= 40
+
+
+def test_python_api(demo: Demo) -> None:
+    lines = demo.printed.splitlines()
+    perplexities = {line.split()[0]: float(line.split()[-1]) for line in lines[:3]}
+    assert perplexities["teacher"] < perplexities["student"] < perplexities["untrained"]
+    assert "bits per weight" in lines[3]
+    report = json.loads((demo.folder / "demo-ternary.report" / "report.json").read_text())
+    assert report["training"]["steps"] == int(STEPS)
+
+
+def test_nothing_but_artefact_and_report_is_left(demo: Demo) -> None:
+    names = {path.name for path in demo.folder.iterdir() if path.name.startswith("demo")}
+    assert names == {"demo-ternary", "demo-ternary.report"}
+
+
+def test_load_artefact(demo: Demo) -> None:
+    assert demo.run("python", example("load_artefact.py")).stdout.startswith("def read_config(")
+
+
+def test_ci(demo: Demo) -> None:
+    demo.run("sh", example("ci.sh"))
+    result = json.loads((demo.folder / "results.json").read_text())
+    assert result["status"] == "ok"
+    assert [gate["passed"] for gate in result["gates"]] == [True, True]
