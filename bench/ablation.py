@@ -22,7 +22,7 @@ from ternq import data, hf
 from ternq.linear import prepare
 from ternq.perplexity import token_perplexity
 from ternq.progress import ignore
-from ternq.recipe import Scheme, Training
+from ternq.recipe import DEMO, DEMO_FOLDER, Scheme, Training
 from ternq.train import Trainer
 
 BASE = Training(steps=100, batch_size=8, sequence_length=256, lr=1e-3)
@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "group 64": ({"group_size": 64}, {}),
     "group 256": ({"group_size": 256}, {}),
     "batch 4 x 200 steps": ({}, {"batch_size": 4, "steps": 200}),
+    "recipe": ({}, {"batch_size": 4, "steps": 300, "off": 4.0}),  # what the demo ships with
 }
 
 
@@ -56,7 +57,7 @@ def run(name: str, teacher: hf.Loaded, dev: torch.Tensor, base: Training, seed: 
     prepare(student, replace(Scheme(), **scheme), training.ste)
     length = hf.max_length(student)
     untrained = token_perplexity(student, dev, length)["token_perplexity"]
-    texts = data.mixed([str(hf.DEMO_FOLDER / "train.jsonl.xz")], seed=seed)
+    texts = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             student=student,
@@ -86,9 +87,9 @@ def main() -> None:
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     done = {(r["name"], r["seed"], r["base_lr"], r["base_steps"]) for r in map(json.loads, lines)}
-    teacher = hf.load(hf.DEMO)
+    teacher = hf.load(DEMO)
     teacher.model.requires_grad_(False)
-    documents = list(data.read_documents(str(hf.DEMO_FOLDER / "dev.jsonl.xz")))
+    documents = list(data.read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
     dev = torch.tensor([i for d in data.encode(documents, teacher.tokenizer) for i in d])
     full = token_perplexity(teacher.model, dev, hf.max_length(teacher.model))["token_perplexity"]
     base = replace(BASE, steps=args.steps, lr=args.lr)

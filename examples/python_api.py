@@ -1,17 +1,15 @@
-"""Make the demo model ternary from Python: a short training, to show the calls.
+"""Make the demo model ternary from Python, as ``ternq ternarize demo`` does.
 
     python examples/python_api.py [FOLDER]
 
-writes the artefact to FOLDER, by default ``demo-ternary``. TERNQ_DEMO_STEPS says how many steps are
-trained, as it does for ``ternq ternarize demo``; 10 are far too few for a good student.
+writes the artefact to FOLDER, by default ``demo-ternary``. TERNQ_DEMO_STEPS shortens the training.
 """
 
-import os
 import sys
 from pathlib import Path
 
-from ternq import Recipe, Scheme, Training
 from ternq.progress import Event
+from ternq.recipe import default_recipe
 from ternq.ternarize import ternarize
 
 
@@ -21,8 +19,8 @@ def show(event: Event) -> None:
         print(event.message, file=sys.stderr)
 
 
-steps = int(os.environ.get("TERNQ_DEMO_STEPS", "10"))
-recipe = Recipe(model="demo", scheme=Scheme(group_size=128), training=Training(steps=steps))
+# for another model: Recipe(model=..., scheme=Scheme(...), training=Training(tokens=..., data=...))
+recipe = default_recipe("demo")
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-ternary")
 result = ternarize("demo", out, recipe, progress=show)
 

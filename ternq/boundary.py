@@ -223,6 +223,7 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
         result = verb(**given, progress=display)
     finally:
         display.close()
+        stop.restore()
     known = session.payload
     session.payload = {
         **known,

@@ -19,7 +19,7 @@ from ternq import boundary, helptext, options
 from ternq.boundary import Payload, UsageMistake
 from ternq.errors import InputError
 from ternq.progress import Progress
-from ternq.recipe import Recipe, Scheme, Training, merge
+from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
 
@@ -332,7 +332,7 @@ def generate(
 
 def _recipe(model: str, file: Path | None, seed: int | None, settings: Payload) -> Recipe:
     """The recipe of ``--recipe``, or the default one, with the flags that were given."""
-    base = Recipe(model=model)
+    base = default_recipe(model)
     if file:
         from ternq.files import read_json
 

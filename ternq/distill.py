@@ -30,7 +30,7 @@ from ternq.linear import (
 )
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
 from ternq.text import is_offline
 from ternq.train import CHECKPOINTS, METRICS, Trainer, checkpoints, remove
 from ternq.weights import stored_dtype, weights_summary
@@ -201,7 +201,11 @@ def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any])
             f"'{base.source}' is ternary, and does not say what it was made from.",
             "Name its full-precision teacher with --teacher.",
         )
-    found = hf.load(source, dtype=torch.float32, **options)
+    try:
+        found = hf.load(source, dtype=torch.float32, **options)
+    except InputError as error:
+        hint = "Name the full-precision teacher with --teacher."
+        raise InputError(error.message, hint) from error
     return found if teacher or found.kind == "dense" else _from_ternary(found, None, options)
 
 
@@ -258,10 +262,10 @@ def _text(
 ) -> tuple[Tensor, Iterator[Tensor], str]:
     """Held-out tokens, the endless stream of training blocks, and the name of the text."""
     length = recipe.training.sequence_length
-    if teacher.source == hf.DEMO and not recipe.training.data:
-        documents = data.read_documents(str(hf.DEMO_FOLDER / "heldout.jsonl.xz"))
+    if teacher.source == DEMO and not recipe.training.data:
+        documents = data.read_documents(str(DEMO_FOLDER / "heldout.jsonl.xz"))
         ids = torch.tensor([i for d in data.encode(list(documents), teacher.tokenizer) for i in d])
-        stream = data.mixed([str(hf.DEMO_FOLDER / "train.jsonl.xz")], seed=recipe.seed)
+        stream = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=recipe.seed)
         blocks = data.blocks(stream, teacher.tokenizer, length)
         return ids, blocks, "held-out modules of Python's standard library"
     specs = recipe.training.data

@@ -21,17 +21,15 @@ from ternq import checkpoint
 from ternq.errors import InputError, ResourceError, VerificationError
 from ternq.linear import TernaryLinear, features, is_linear, packed_layers
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, display_name
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, display_name
 
 Kind = Literal["dense", "packed", "run"]
 RUN_FILE = "run.json"  # makes a folder a run
 STUDENT_FILE = "student.safetensors"  # the trained student of a finished run
 BASE_FOLDER = "base"  # configuration and tokenizer of the model a run trains
-DEMO = "demo"
 # what transformers raises for a configuration or file that it cannot make a model of
 _REFUSALS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 _REFUSALS += (TypeError, AttributeError, AssertionError, MemoryError)
-DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
 @dataclass
@@ -105,6 +103,8 @@ def _of_artefact(path: Path | None) -> Iterator[None]:
 def _to(model: Any, device: str) -> Any:
     try:
         return model.to(device)
+    except torch.OutOfMemoryError:
+        raise ResourceError(f"'{device}' has not enough memory for the model.") from None
     except (RuntimeError, AssertionError) as error:
         raise ResourceError(f"No device '{device}' here: {_first_line(error)}") from None
 

@@ -6,7 +6,6 @@ from typing import Any
 from ternq import budget, checkpoint, distill
 from ternq.progress import Progress, ignore
 from ternq.recipe import Recipe
-from ternq.ternarize import with_defaults
 from ternq.train import Trainer
 from ternq.weights import stored_dtype, weights_summary
 
@@ -25,7 +24,6 @@ def plan(
 
     Time comes from one training step measured here; the other figures are counted or estimated.
     """
-    recipe = with_defaults(model, recipe)
     prepared = distill.prepare_run(
         model,
         recipe,

@@ -6,7 +6,9 @@ part lies beside the result and is never needed to load it. Standard library onl
 ``ternq --help`` costs nothing.
 """
 
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ternq.errors import RecipeError
 
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
 Ste = Literal["identity", "ttq"]
 Part = TypeVar("Part", "Scheme", "Training")
 
@@ -128,6 +133,18 @@ class Recipe:
 
 # Where the checkpoint interval is set does not change what is computed.
 _NOT_COMPARED = {"training.checkpoint_minutes", "model"}
+
+
+def default_recipe(model: str) -> Recipe:
+    """The recipe that flags change: the defaults, and for ``demo`` the settings shipped with it."""
+    if model != DEMO:
+        return Recipe(model=model)
+    settings = json.loads((DEMO_FOLDER / "recipe.json").read_text(encoding="utf-8"))
+    if steps := os.environ.get(DEMO_STEPS):
+        if not steps.isdecimal():
+            raise RecipeError(f"{DEMO_STEPS} is '{steps}'; it is a number of steps.")
+        settings["steps"] = int(steps)
+    return Recipe(model=model, training=from_mapping(Training, settings))
 
 
 def display_name(model: str) -> str:

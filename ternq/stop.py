@@ -22,6 +22,21 @@ def install() -> None:
     signal.signal(signal.SIGTERM, _on_signal)
 
 
+def restore() -> None:
+    """Give both signals back to Python, and forget what was asked."""
+    global _request
+    not_polled()
+    _request = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def not_polled() -> None:
+    """Nobody polls from here on: a signal ends the command at once again."""
+    global _polled
+    _polled = False
+
+
 def requested() -> str | None:
     """The signal that asked to stop ("SIGINT" or "SIGTERM"), or None; to be polled every step."""
     global _polled

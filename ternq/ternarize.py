@@ -4,7 +4,6 @@ It is the other verbs in a row: `distill` into a run beside the output (``NAME.r
 stopped command goes on with), `pack`, and the perplexity of what was packed, loaded again.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from ternq import checkpoint, distill, hf
 from ternq.errors import InputError, RecipeError
 from ternq.pack import pack
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Training, merge
+from ternq.recipe import DEMO, Recipe
 
-DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
 REPORT = "report.json"
 PROMPTS = {
-    hf.DEMO: ("def read_config(path):\n", 'class Stack:\n    """'),
+    DEMO: ("def read_config(path):\n", 'class Stack:\n    """'),
     "": ("The capital of France", "Once upon a time"),
 }
 SAMPLE_TOKENS = 40
@@ -47,7 +45,6 @@ def ternarize(
     Raises:
         RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
     """
-    recipe = with_defaults(model, recipe)
     run = out.with_name(out.name + ".run")
     finished = _finished(out, recipe) if not overwrite else None
     if finished is not None:
@@ -85,20 +82,6 @@ def ternarize(
     keep_reports(run, out)
     distill.remove_run(run)
     return report
-
-
-def with_defaults(model: str, recipe: Recipe) -> Recipe:
-    """The recipe with the demo's own training settings where it leaves them at their defaults."""
-    if model != hf.DEMO:
-        return recipe
-    stored = checkpoint.read_json(hf.DEMO_FOLDER / "recipe.json")
-    asked, plain = recipe.training, Training()
-    named = {k: getattr(asked, k) for k in vars(plain) if getattr(asked, k) != getattr(plain, k)}
-    if os.environ.get(DEMO_STEPS):
-        stored["steps"] = int(os.environ[DEMO_STEPS])
-    if named.get("tokens") is not None:
-        stored.pop("steps", None)
-    return replace(recipe, training=merge(merge(plain, stored), named))
 
 
 def keep_reports(run: Path, out: Path) -> None:

@@ -89,6 +89,7 @@ class Trainer:
                 saved = now
             if reason and self.step < self.steps:
                 raise self._stopped(reason)
+        stop.not_polled()
 
     def one_step(self) -> dict[str, float]:
         """One optimizer step on ``batch_size`` blocks: the loss and its terms."""
