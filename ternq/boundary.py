@@ -254,5 +254,6 @@ def _set_environment(verbose: bool, offline: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' GGUF reader asks nobody
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
