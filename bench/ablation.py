@@ -25,7 +25,7 @@ from ternq.progress import ignore
 from ternq.recipe import DEMO, DEMO_FOLDER, Scheme, Training
 from ternq.train import Trainer
 
-BASE = Training(steps=100, batch_size=8, sequence_length=256, lr=1e-3)
+BASE = Training(steps=100, batch_size=8, sequence_length=256, lr=1e-3, off=1.0)
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {}),
@@ -45,7 +45,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "group 64": ({"group_size": 64}, {}),
     "group 256": ({"group_size": 256}, {}),
     "batch 4 x 200 steps": ({}, {"batch_size": 4, "steps": 200}),
-    "recipe": ({}, {"batch_size": 4, "steps": 300, "off": 4.0}),  # what the demo ships with
+    "batch 4 x 300 steps, off 4": ({}, {"batch_size": 4, "steps": 300, "off": 4.0}),
+    "batch 4 x 300 steps, off 10": ({}, {"batch_size": 4, "steps": 300, "off": 10.0}),
 }
 
 

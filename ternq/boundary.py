@@ -27,6 +27,7 @@ from ternq.errors import (
     InterruptedByUser,
     RecipeError,
     ResourceError,
+    StoppedError,
     TernqError,
 )
 from ternq.recipe import display_name
@@ -72,14 +73,15 @@ def run(app: typer.Typer, commands: Sequence[str], arguments: Sequence[str]) -> 
             _invoke(app, session)
     except BrokenPipeError:
         raise
-    except (Exception, KeyboardInterrupt) as caught:
+    except (Exception, KeyboardInterrupt, stop.Terminated) as caught:
         error = _in_words(caught)
         if session.verbose:
             traceback.print_exc()
     try:
         _report(session)
     except OSError as caught:
-        error = error or _in_words(caught)
+        if error is None or isinstance(error, GateError):  # 4 goes before 5
+            error = _in_words(caught)
     return _end(session, error)
 
 
@@ -155,6 +157,8 @@ def _in_words(error: BaseException) -> TernqError:
     """Any exception as a `TernqError`; what nobody foresaw leaves its traceback in a file."""
     if isinstance(error, TernqError):
         return error
+    if isinstance(error, stop.Terminated):
+        return StoppedError("Stopped by SIGTERM.", "The same command goes on, or begins again.")
     if isinstance(error, KeyboardInterrupt):
         return InterruptedByUser("Interrupted.", "The same command goes on, or begins again.")
     if isinstance(error, UsageError):

@@ -42,7 +42,7 @@ class Memory:
 
 
 def estimate(student: Any, settings: Training, device: str) -> Memory:
-    """Peak memory of end-to-end training with these settings, before any of it is taken."""
+    """Peak memory of end-to-end training with these settings; both models are loaded already."""
     everything = sum(p.numel() for p in student.parameters())
     trained = sum(sum(p.numel() for p in m.parameters()) for m in ternary_layers(student).values())
     config = student.config
@@ -57,8 +57,22 @@ def estimate(student: Any, settings: Training, device: str) -> Memory:
         weights=2 * 4 * everything,
         training=(3 * 4 + 4 + 1) * trained,
         activations=activations,
-        free=free_memory(torch.device(device)),
+        free=free_memory(torch.device(device)) + 2 * 4 * everything,  # both copies are held already
     )
+
+
+def refuse_without_room(model: Any, device: str) -> None:
+    """`ResourceError` if a second float32 copy of a loaded model does not fit."""
+    needed, free = (
+        4 * sum(p.numel() for p in model.parameters()),
+        free_memory(torch.device(device)),
+    )
+    if needed > free:
+        raise ResourceError(
+            f"A student of this size needs {needed / 1e9:.1f} GB beside its teacher, and "
+            f"{free / 1e9:.1f} GB are free.",
+            "Take a machine with more memory.",
+        )
 
 
 def choose(student: Any, settings: Training, device: str) -> tuple[Training, str]:

@@ -100,7 +100,7 @@ def ternarize(
     gates = _gates(settings)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        return _plan(made, _path(out), world)
+        return _plan(made, _path(out), world | {"overwrite": overwrite})
     from ternq.ternarize import ternarize as verb
 
     result = verb(
@@ -144,7 +144,7 @@ def distill(
     made = _recipe(model, recipe, seed, settings)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        return _plan(made, _path(out), world)
+        return _plan(made, _path(out), world | {"teacher": teacher, "overwrite": overwrite})
     from ternq.distill import distill as verb
 
     result = verb(

@@ -229,7 +229,7 @@ def _fill(
         raise InputError(
             f"The text is too short: it has {len(tokens):,} tokens; {needed:,} are held out for "
             f"evaluation ({n_blocks} blocks of {length}), and training needs some beside.",
-            "Name more text with --data, or take a shorter --sequence-length.",
+            "Name more text with --data.",
         )
     return torch.tensor(tokens[:needed]).view(n_blocks, length), names
 

@@ -1,23 +1,21 @@
 """The training stage: a dense or ternary model in, a trained ternary run out.
 
-A run is a folder that can be stopped at any instant and continued: ``run.json`` (what is made, from
-what), ``base/`` (configuration and tokenizer), ``checkpoints/``, ``metrics.jsonl``, and at the end
+A run is a folder (`ternq.runs`) that can be stopped at any instant and continued; at the end it has
 ``student.safetensors`` and ``report.json``.
 """
 
 import copy
-import hashlib
+import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ternq
-from ternq import budget, checkpoint, data, hf
+from ternq import budget, checkpoint, data, hf, runs
+from ternq import corpus as corpora
 from ternq.errors import InputError, RecipeError
 from ternq.linear import (
     Selection,
@@ -30,17 +28,10 @@ from ternq.linear import (
 )
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
-from ternq.text import is_offline
-from ternq.train import CHECKPOINTS, METRICS, Trainer, checkpoints, remove
+from ternq.recipe import Recipe, Scheme, Training
+from ternq.runs import REPORT
+from ternq.train import Trainer, checkpoints
 from ternq.weights import stored_dtype, weights_summary
-
-HELD_OUT_TOKENS = 8 * BLOCK
-DEFAULT_DATA = "allenai/c4"
-REPORT = "report.json"
-OWN_TEXT_FILE = "self.json"
-OWN_TEXT_STEPS = 100  # of text that the teacher writes where no budget is named
-OWN_TEXT_TOKENS = 200_000  # written at most; a longer training reads them again
 
 
 @dataclass
@@ -51,9 +42,7 @@ class Prepared:
     teacher: hf.Loaded
     student: hf.Loaded
     selection: Selection
-    held_out: Tensor  # int64 [tokens]
-    blocks: Iterator[Tensor]
-    text: str  # what the held-out perplexity is measured on
+    corpus: corpora.Corpus
     notes: list[str]
 
 
@@ -98,7 +87,7 @@ def distill(
     report["student"] = perplexity(prepared, prepared.student, progress, "student")
     checkpoint.write_json(out / REPORT, report)
     for old in checkpoints(out):  # only now: a run that stops before it is done goes on from them
-        remove(old)
+        shutil.rmtree(old)
     return report
 
 
@@ -116,32 +105,26 @@ def begin(
 
     ``options`` are those of `prepare_run`. Returns what the loop needs and the run's record.
     """
-    found = _existing(out, overwrite, resume)
-    prepared = prepare_run(model, recipe, cache=out, progress=progress, **options)
-    if found:
-        _same_run(out, prepared, progress)
-    else:
-        _begin_run(out, prepared)
+    runs.refuse_input(out, [model, options.get("teacher")])
+    record = runs.existing(out, resume, overwrite)
+    prepared = prepare_run(model, recipe, cache=out, record=record, progress=progress, **options)
+    if record is not None:
+        found = runs.differences(record, prepared.recipe, prepared.corpus.held_out)
+        finished = (out / REPORT).is_file()
+        if overwrite and (found or finished or resume is False):
+            runs.remove(out, keep_own_text=True)
+            record = None
+        elif found:
+            raise RecipeError(
+                f"'{out}' is a run of another recipe ({'; '.join(found)}).",
+                "Go on with the same options, choose another -o, or pass --overwrite.",
+            )
+        else:
+            progress(Event("plan", f"Going on with the run in {out}"))
+    if record is None:
+        specs = list(prepared.corpus.specs)
+        runs.begin(out, prepared.recipe, prepared.student, prepared.corpus.held_out, specs)
     return prepared, hf.read_run(out)
-
-
-def _existing(out: Path, overwrite: bool, resume: bool | None) -> bool:
-    """Whether ``out`` is a run to go on with; anything else in its place is refused or removed."""
-    if (out / hf.RUN_FILE).is_file():
-        if overwrite or resume is False:
-            if not overwrite:
-                raise RecipeError(f"'{out}' holds a run.", "Go on with it, or pass --overwrite.")
-            remove_run(out)
-            return False
-        return True
-    if resume:
-        raise InputError(f"There is no run to resume in '{out}'.", "Leave --resume out.")
-    begun = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off
-    if out.exists() and (not out.is_dir() or any(p.name not in begun for p in out.iterdir())):
-        raise RecipeError(
-            f"'{out}' exists and is no run of ternq.", "Choose another folder with -o."
-        )
-    return False
 
 
 def prepare_run(
@@ -154,9 +137,14 @@ def prepare_run(
     trust_remote_code: bool = False,
     progress: Progress = ignore,
     cache: Path | None = None,
-    write_own_text: bool = True,
+    record: dict[str, Any] | None = None,
+    open_text: bool = True,
 ) -> Prepared:
-    """Load teacher and student, put the ternary layers in, choose strategy and text."""
+    """Load teacher and student, put the ternary layers in, choose strategy and text.
+
+    ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
+    memory and network say now.
+    """
     if device == "cpu":
         torch.manual_seed(recipe.seed)
     options: dict[str, Any] = {
@@ -164,11 +152,13 @@ def prepare_run(
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
-    progress(Event("load", f"Loading {model}"))
-    base = hf.load(model, dtype=torch.float32, **options)
+    base = hf.load(model, dtype=torch.float32, progress=progress, **options)
+    if "auto_map" in vars(base.model.config):
+        raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
     notes: list[str] = []
     if base.kind == "dense":
         big = base if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
+        budget.refuse_without_room(base.model, device)
         student = replace(base, model=copy.deepcopy(base.model))
         selection = prepare(student.model, recipe.scheme, recipe.training.ste)
     else:
@@ -178,20 +168,44 @@ def prepare_run(
     big.model.requires_grad_(False)
     if rule := group_rule(selection, recipe.scheme.group_size):
         notes.append(rule)
-    training, why = budget.choose(student.model, recipe.training, device)
-    notes.append(f"Strategy: {why}.")
+    recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
+    recipe = replace(recipe, training=_fitting(student, recipe.training, record, device, notes))
+    specs, note = corpora.choose(recipe.training.data, offline)
+    if record is not None and not recipe.training.data:
+        specs, note = tuple(record.get("data", ())), None
+    notes += [note] if note else []
+    for note in notes:
+        progress(Event("plan", note))
+    if not open_text and any(name == data.SELF for name, _ in data.parse_mix(specs)):
+        text = corpora.unwritten(specs)
+    else:
+        text = corpora.corpus(big, recipe, specs, offline=offline, progress=progress, cache=cache)
+    return Prepared(recipe, big, student, selection, text, notes)
+
+
+def _fitting(
+    student: hf.Loaded,
+    training: Training,
+    record: dict[str, Any] | None,
+    device: str,
+    notes: list[str],
+) -> Training:
+    """The training settings with the strategy that fits, and no more positions than there are."""
+    if record is None:
+        training, why = budget.choose(student.model, training, device)
+        notes.append(f"Strategy: {why}.")
+    else:
+        then = Recipe.from_json(record["recipe"]).training
+        training = replace(
+            training,
+            micro_batch_size=training.micro_batch_size or then.micro_batch_size,
+            gradient_checkpointing=training.gradient_checkpointing or then.gradient_checkpointing,
+        )
     longest = hf.max_length(student.model)
     if training.sequence_length > longest:
         notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
         training = replace(training, sequence_length=longest)
-    recipe = replace(
-        recipe, training=training, base=hf.fingerprint(base.model), version=ternq.__version__
-    )
-    cache = cache if write_own_text else None
-    held_out, blocks, text = _text(big, recipe, offline, progress, notes, cache)
-    for note in notes:
-        progress(Event("plan", note))
-    return Prepared(recipe, big, student, selection, held_out, blocks, text, notes)
+    return training
 
 
 def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any]) -> hf.Loaded:
@@ -231,9 +245,13 @@ def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe
     if hasattr(student.model.config, "quantization_config"):
         del student.model.config.quantization_config
     first = next(iter(layers.values()))
-    scheme = replace(
-        recipe.scheme, group_size=first.group_size, shift=first.weight_shift is not None
-    )
+    scheme = Scheme(group_size=first.group_size, shift=first.weight_shift is not None)
+    if recipe.scheme not in (scheme, Scheme()):
+        raise RecipeError(
+            f"'{student.source}' is ternary already, with --group-size {scheme.group_size} and "
+            f"{'--shift' if scheme.shift else '--no-shift'}; its layers cannot be chosen again.",
+            "Leave --group-size, --shift and --skip out, or start from the dense model.",
+        )
     return Selection(dict(layers)), replace(recipe, scheme=scheme)
 
 
@@ -250,69 +268,6 @@ def _same_shape(teacher: hf.Loaded, student: hf.Loaded) -> None:
         raise RecipeError(
             f"Teacher '{teacher.source}' and student '{student.source}' differ in their blocks."
         )
-
-
-def _text(
-    teacher: hf.Loaded,
-    recipe: Recipe,
-    offline: bool,
-    progress: Progress,
-    notes: list[str],
-    cache: Path | None,
-) -> tuple[Tensor, Iterator[Tensor], str]:
-    """Held-out tokens, the endless stream of training blocks, and the name of the text."""
-    length = recipe.training.sequence_length
-    if teacher.source == DEMO and not recipe.training.data:
-        documents = data.read_documents(str(DEMO_FOLDER / "heldout.jsonl.xz"))
-        ids = torch.tensor([i for d in data.encode(list(documents), teacher.tokenizer) for i in d])
-        stream = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=recipe.seed)
-        blocks = data.blocks(stream, teacher.tokenizer, length)
-        return ids, blocks, "held-out modules of Python's standard library"
-    specs = recipe.training.data
-    if not specs:
-        reachable = not is_offline(offline)
-        specs = (DEFAULT_DATA,) if reachable else (data.SELF,)
-        why = "no --data was given" + ("" if reachable else " and the hub is not to be reached")
-        text = DEFAULT_DATA if reachable else "the teacher's own"
-        notes.append(f"Text: {text} ({why}).")
-    written: list[str] = []
-    if any(name == data.SELF for name, _ in data.parse_mix(specs)):
-        written = _own_text(teacher, recipe, progress, cache)
-    held_out, blocks = data.split_held_out(
-        specs,
-        teacher.tokenizer,
-        length,
-        max(1, HELD_OUT_TOKENS // length) if not written else max(1, len(written) // 8),
-        seed=recipe.seed,
-        offline=offline,
-        progress=progress,
-        written=written,
-    )
-    return held_out.flatten(), blocks, "held out of " + ", ".join(specs)
-
-
-def _own_text(
-    teacher: hf.Loaded, recipe: Recipe, progress: Progress, cache: Path | None
-) -> list[str]:
-    """Text that the teacher writes; kept in the run's folder, since writing it takes long."""
-    length = recipe.training.sequence_length
-    per_step = recipe.training.batch_size * length
-    tokens = recipe.training.tokens or (recipe.training.steps or OWN_TEXT_STEPS) * per_step
-    blocks = max(16, min(tokens, OWN_TEXT_TOKENS) // length) + HELD_OUT_TOKENS // length // 4
-    kept = None if cache is None else cache / OWN_TEXT_FILE
-    key = [teacher.source, recipe.base, recipe.seed, blocks, length]
-    if kept is not None and kept.is_file():
-        record = checkpoint.read_json(kept)
-        if record.get("key") == key:
-            return list(record["text"])
-    ids = data.teacher_text(
-        teacher.model, teacher.tokenizer, blocks, length, seed=recipe.seed, progress=progress
-    )
-    written = [teacher.tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(kept, {"key": key, "text": written})
-    return written
 
 
 def train_run(
@@ -333,7 +288,7 @@ def train_run(
     trainer = Trainer(
         student=student.model,
         teacher=prepared.teacher.model,
-        blocks=prepared.blocks,
+        blocks=prepared.corpus.blocks,
         settings=recipe.training,
         steps=0,
         folder=out,
@@ -359,7 +314,7 @@ def train_run(
         "model": recipe.model,
         "teacher": record["teacher"],
         "untrained": record["untrained"],
-        "recipe": recipe.to_json(),
+        "recipe": _as_made(prepared, steps).to_json(),
         "training": {
             "steps": steps,
             "tokens": tokens,
@@ -375,18 +330,25 @@ def train_run(
     }
 
 
+def _as_made(prepared: Prepared, steps: int) -> Recipe:
+    """The recipe with what was left to the machine filled in, so that it can be replayed."""
+    recipe = prepared.recipe
+    training = replace(recipe.training, steps=steps, tokens=None, data=prepared.corpus.specs)
+    return replace(recipe, training=training)
+
+
 def perplexity(
     prepared: Prepared, loaded: hf.Loaded, progress: Progress, who: str
 ) -> dict[str, Any]:
     """Token perplexity on the held-out text, as the contract writes it."""
     length = min(BLOCK, hf.max_length(loaded.model))
     measured = token_perplexity(
-        loaded.model, prepared.held_out, length, progress=progress, stage=f"evaluate {who}"
+        loaded.model, prepared.corpus.held_out, length, progress=progress, stage=f"evaluate {who}"
     )
     return {
         "perplexity": measured["token_perplexity"],
         "metric": "token_perplexity",
-        "text": prepared.text,
+        "text": prepared.corpus.name,
         "samples": measured["blocks"],
         "length": measured["block_length"],
     }
@@ -411,53 +373,9 @@ def _steps(trainer: Trainer, progress: Progress) -> int:
     return steps
 
 
-def _begin_run(out: Path, prepared: Prepared) -> None:
-    with checkpoint.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        hf.save_base(prepared.student, out / hf.BASE_FOLDER)
-    record = {
-        "ternq_run": 1,
-        "recipe": prepared.recipe.to_json(),
-        "modules": list(ternary_layers(prepared.student.model)),
-        "dtype": str(prepared.student.dtype).removeprefix("torch."),
-        "text_sha256": _digest(prepared.held_out),
-        "notes": prepared.notes,
-    }
-    checkpoint.write_json(out / hf.RUN_FILE, record)
-
-
-def _same_run(out: Path, prepared: Prepared, progress: Progress) -> None:
-    record = hf.read_run(out)
-    differences = prepared.recipe.differences(Recipe.from_json(record["recipe"]))
-    if not differences and record.get("text_sha256") != _digest(prepared.held_out):
-        differences = ["the text is another"]
-    if differences:
-        raise RecipeError(
-            f"'{out}' is a run of another recipe ({'; '.join(differences)}).",
-            "Go on with the same options, choose another -o, or pass --overwrite.",
-        )
-    progress(Event("plan", f"Going on with the run in {out}"))
-
-
 def _afterwards(losses: list[float]) -> list[str]:
     if losses and losses[-1] > losses[0]:
         return [
             f"The loss got worse: {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last."
         ]
     return []
-
-
-def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-
-
-def remove_run(out: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    for old in [*(out / CHECKPOINTS).glob("step-*"), out / hf.BASE_FOLDER]:
-        if old.is_dir():
-            remove(old)
-    for name in (hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, OWN_TEXT_FILE):
-        (out / name).unlink(missing_ok=True)
-    for folder in (out / CHECKPOINTS, out):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

@@ -5,6 +5,7 @@ cut into non-overlapping blocks, each block is read alone, the first token of a 
 predicted, and the perplexity is the exponential of the mean over the blocks.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,19 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    return min(available, _left_in_container() or available)
+
+
+def _left_in_container() -> int | None:
+    """Bytes that a container's limit leaves; None where there is none, or none is told."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return int(limit) - used if limit.isdecimal() else None
 
 
 def _blocks(ids: Tensor, length: int, stage: str, progress: Progress) -> Tensor:

@@ -15,6 +15,8 @@ def plan(
     recipe: Recipe,
     *,
     out: Path,
+    teacher: str | None = None,
+    overwrite: bool = False,
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -24,14 +26,16 @@ def plan(
 
     Time comes from one training step measured here; the other figures are counted or estimated.
     """
+    checkpoint.check_output(out, overwrite)
     prepared = distill.prepare_run(
         model,
         recipe,
+        teacher=teacher,
         device=device,
         offline=offline,
         trust_remote_code=trust_remote_code,
         progress=progress,
-        write_own_text=False,
+        open_text=False,
     )
     student = prepared.student.model
     settings = prepared.recipe.training

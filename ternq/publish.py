@@ -20,7 +20,8 @@ from ternq.files import existing_ancestor, plain_name, read_json, sha256, sync, 
 
 MANIFEST = "ternq.json"
 FORMAT_VERSION = 1
-_MADE_HERE = (MANIFEST, "run.json")  # what marks a folder as an artefact or a run of ternq
+# the files that mark a folder as an artefact or a run of ternq, and a key that each has
+_MADE_HERE = ((MANIFEST, "ternq_format"), ("run.json", "ternq_run"))
 
 
 def check_output(out: Path, overwrite: bool = False) -> None:
@@ -240,7 +241,14 @@ def _claimed(folder: Path) -> Iterator[None]:
 def _replaceable(out: Path) -> bool:
     if not out.is_dir() or out.is_symlink():
         return False
-    return any((out / name).is_file() for name in _MADE_HERE) or not any(out.iterdir())
+    return not any(out.iterdir()) or any(_says(out / name, key) for name, key in _MADE_HERE)
+
+
+def _says(path: Path, key: str) -> bool:
+    """Whether a file is one of ours, and not another program's of the same name."""
+    with contextlib.suppress(InputError):
+        return key in read_json(path)
+    return False
 
 
 def _discard(out: Path, aside: Path) -> None:

@@ -53,7 +53,7 @@ class Training:
     data: tuple[str, ...] = option(
         (), "Hub dataset, .txt/.jsonl/.parquet file or folder, or 'self'; NAME=WEIGHT to mix."
     )
-    batch_size: int = option(8, "Blocks of text in one optimizer step.")
+    batch_size: int = option(4, "Blocks of text in one optimizer step.")
     micro_batch_size: int | None = option(None, "Blocks at once; the rest is accumulated.")
     sequence_length: int = option(256, "Tokens in a block.")
     lr: float = option(1e-3, "Peak learning rate of the weights.")
@@ -61,7 +61,7 @@ class Training:
     warmup: float = option(0.05, "Share of the steps spent warming up.")
     weight_decay: float = option(0.0, "AdamW's decay, on the linear weights.")
     clip: float = option(1.0, "Largest global norm of the gradient.")
-    off: float = option(1.0, "Weight of OFF, the feature cosine loss.")
+    off: float = option(10.0, "Weight of OFF, the feature cosine loss.")
     kl: float = option(1.0, "Weight of the divergence from the teacher's logits.")
     ce: float = option(0.0, "Weight of the next-token cross-entropy.")
     ste: Ste = option("identity", "Gradient of the rounding: identity, or scale outside the zone.")
@@ -111,6 +111,10 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Recipe":
         """The inverse of `to_json`; unknown keys and wrong types are a `RecipeError`."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("seed", 0), int):
+            raise RecipeError(
+                "Not a recipe: an object with a model, a scheme, a training and a seed."
+            )
         parts = dict(data)
         unknown = set(parts) - {f.name for f in fields(cls)}
         if unknown or not isinstance(parts.get("model"), str):
@@ -132,7 +136,7 @@ class Recipe:
 
 
 # Where the checkpoint interval is set does not change what is computed.
-_NOT_COMPARED = {"training.checkpoint_minutes", "model"}
+_NOT_COMPARED = {"training.checkpoint_minutes", "model", "version"}
 
 
 def default_recipe(model: str) -> Recipe:

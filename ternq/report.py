@@ -87,7 +87,7 @@ def tables(payload: Payload) -> Iterator[Table]:
         weights = payload["weights"]
         row = (_names(payload.get("model")), *_cells(weights, _size(payload)))
         yield Table("Packed", ("", "bits/weight of linears", "of all", "size"), [row])
-    if "results" in payload:
+    if "results" in payload and "student" not in payload:
         yield from _results(payload)
     if payload.get("gates"):
         rows = [

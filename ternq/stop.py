@@ -8,10 +8,12 @@ import signal
 import sys
 from types import FrameType
 
-from ternq.errors import StoppedError
-
 _polled = False
 _request: str | None = None
+
+
+class Terminated(BaseException):
+    """SIGTERM where nobody polls. Not an ``Exception``, lest a library's handler swallow it."""
 
 
 def install() -> None:
@@ -51,6 +53,6 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             sys.stderr.write("\nSaving; press Ctrl-C again to stop at once.\n")
     elif number == signal.SIGTERM:
-        raise StoppedError("Stopped by SIGTERM.", "The same command begins again.")
+        raise Terminated
     else:
         raise KeyboardInterrupt

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ternq import checkpoint, distill, hf
-from ternq.errors import InputError, RecipeError
+from ternq import checkpoint, distill, hf, runs
+from ternq.errors import RecipeError
 from ternq.pack import pack
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import DEMO, Recipe
+from ternq.runs import REPORT
+from ternq.train import METRICS
 
-REPORT = "report.json"
 PROMPTS = {
     DEMO: ("def read_config(path):\n", 'class Stack:\n    """'),
     "": ("The capital of France", "Once upon a time"),
@@ -46,13 +47,16 @@ def ternarize(
         RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
     """
     run = out.with_name(out.name + ".run")
-    finished = _finished(out, recipe) if not overwrite else None
-    if finished is not None:
-        progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
-        return finished
-    checkpoint.check_output(out, overwrite)
-    if resume and not (run / hf.RUN_FILE).is_file():
-        raise InputError(f"There is nothing to resume for '{out}'.", "Leave --resume out.")
+    asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
+    # a command that ended between packing and its report goes on, and packs once more
+    half = (run / hf.RUN_FILE).is_file() and _made(out, asked)
+    if not overwrite and not half:
+        finished = _finished(out, recipe, asked)
+        if finished is not None:
+            progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
+            return finished
+        checkpoint.check_output(out, overwrite)
+    runs.refuse_input(out, [model])
     prepared, record = distill.begin(
         model,
         run,
@@ -69,18 +73,20 @@ def ternarize(
     packed = pack(
         replace(prepared.student, kind="run", path=run),
         out,
-        overwrite=overwrite,
+        overwrite=overwrite or half,
         keep_dtype=keep_dtype,
         progress=progress,
-        extra={"asked": recipe.to_json()},
+        extra=asked,
     )
     reloaded = hf.load(str(out), dtype=torch.float32, device=device)
     student = distill.perplexity(prepared, reloaded, progress, "packed student")
-    report = trained | packed | {"student": student, "notes": trained["notes"]}
+    measured = {"token_perplexity": student["perplexity"], "samples": student["samples"]}
+    report = trained | packed | {"student": student}
+    report |= {"results": {str(out): {"held-out": measured | {"partial": False}}}}
     report |= {"samples": samples(model, prepared.teacher, reloaded)}
     checkpoint.write_json(run / REPORT, report)
     keep_reports(run, out)
-    distill.remove_run(run)
+    runs.remove(run)
     return report
 
 
@@ -88,26 +94,37 @@ def keep_reports(run: Path, out: Path) -> None:
     """Put the run's records beside the artefact: its folder holds only what its manifest names."""
     folder = out.with_name(out.name + ".report")
     folder.mkdir(exist_ok=True)
-    for name in (REPORT, "metrics.jsonl", hf.RUN_FILE):
+    for name in (REPORT, METRICS):
         if (run / name).is_file():
             (run / name).replace(folder / name)
 
 
-def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The report of an artefact that this very recipe made; None where ``out`` does not exist."""
-    report = out.with_name(out.name + ".report") / REPORT
-    if not (out / checkpoint.MANIFEST).is_file() or not report.is_file():
+def _made(out: Path, asked: dict[str, Any]) -> bool:
+    """Whether the artefact at ``out`` is what this very request makes."""
+    if not (out / checkpoint.MANIFEST).is_file():
+        return False
+    manifest = checkpoint.read_manifest(out)
+    return all(manifest.get(key) == value for key, value in asked.items())
+
+
+def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of an artefact that this very request made; None where ``out`` has none."""
+    if not (out / checkpoint.MANIFEST).is_file():
         return None
-    asked = checkpoint.read_manifest(out).get("asked")
-    if not isinstance(asked, dict):
+    manifest = checkpoint.read_manifest(out)
+    if not isinstance(manifest.get("asked"), dict):
         return None
-    differences = recipe.differences(Recipe.from_json(asked))
-    if differences or asked.get("model") != recipe.model:
+    if not _made(out, asked):
+        found = recipe.differences(Recipe.from_json(manifest["asked"]))
         raise RecipeError(
-            f"'{out}' was made with another recipe ({'; '.join(differences) or 'another model'}).",
+            f"'{out}' was made with another recipe ({'; '.join(found) or 'another model'}).",
             "Choose another -o, or pass --overwrite.",
         )
-    return checkpoint.read_json(report)
+    report = out.with_name(out.name + ".report") / REPORT
+    if report.is_file():
+        return checkpoint.read_json(report)
+    kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
+    return {"model": recipe.model, "out": str(out), "notes": [f"{report} is gone."]} | kept
 
 
 def samples(model: str, teacher: hf.Loaded, student: hf.Loaded) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ loop draws random numbers: dropout is off, and the text is a stream that is skip
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,13 +21,14 @@ from ternq import checkpoint, stop
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InterruptedByUser, StoppedError
 from ternq.hf import load_state, unique_state
-from ternq.linear import TernaryLinear, ternary_layers
+from ternq.linear import TernaryLinear, is_linear, ternary_layers
 from ternq.losses import logit_loss, off_per_block
 from ternq.progress import Event, Progress
 from ternq.recipe import Training
 
 BETAS = (0.9, 0.95)
 CHECKPOINTS = "checkpoints"
+TIME_LIMIT = "time limit"
 METRICS = "metrics.jsonl"
 DIAGNOSE_SHARE = 0.05  # of the steps; flips and drift cost a second rounding of every weight
 
@@ -50,7 +52,9 @@ class Trainer:
     def __post_init__(self) -> None:
         from accelerate import Accelerator
 
-        device = next(self.student.parameters()).device
+        self.device = device = next(self.student.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where Accelerate then works
         # Accelerate's own mixed precision would replace the student's forward for good; a context
         # around the loop leaves the student as it is when it is measured.
         self.accelerator = Accelerator(cpu=device.type == "cpu")
@@ -87,7 +91,7 @@ class Trainer:
             if reason or due or self.step == self.steps:
                 self.save()
                 saved = now
-            if reason and self.step < self.steps:
+            if reason and (self.step < self.steps or reason != TIME_LIMIT):
                 raise self._stopped(reason)
         stop.not_polled()
 
@@ -113,7 +117,7 @@ class Trainer:
         parts = torch.split(batch, self.settings.micro_batch_size or self.settings.batch_size)
         sums: dict[str, float] = {}
         for part in parts:
-            loss, values = self._loss(part.to(self.accelerator.device))
+            loss, values = self._loss(part.to(self.device))
             self.accelerator.backward(loss * (len(part) / len(batch)))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value * len(part) / len(batch)
@@ -159,7 +163,7 @@ class Trainer:
         for name, layer in ternary_layers(self.student).items():
             for i, (now, start) in enumerate(zip(_scales(layer), self.initial[name], strict=True)):
                 scale = self.initial[name][0].abs().sum()
-                drift[i] += torch.stack([(now - start).abs().sum(), scale]).double().cpu()
+                drift[i] += torch.stack([(now - start).abs().sum(), scale]).cpu().double()
         scale_drift, shift_drift = (float(a / b) if b else 0.0 for a, b in drift)
         return {
             "flip_share": flips / count,
@@ -192,7 +196,7 @@ class Trainer:
 
     def _stop_reason(self, seconds: float) -> str | None:
         if self.time_limit is not None and seconds >= self.time_limit:
-            return "time limit"
+            return TIME_LIMIT
         return stop.requested()
 
     def _stopped(self, reason: str) -> Exception:
@@ -206,7 +210,7 @@ class Trainer:
         folder = self.folder / CHECKPOINTS
         staged = folder / (name + ".part")
         for left in folder.glob("*.part"):  # by a run that was killed, or had no room, as it wrote
-            remove(left)
+            shutil.rmtree(left)
         staged.mkdir(parents=True)
         checkpoint.save_tensors(unique_state(self.student), staged / "student.safetensors")
         state = self.optimizer.state_dict()["state"]
@@ -215,11 +219,11 @@ class Trainer:
         record = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
         checkpoint.write_json(staged / "state.json", record)
         if (folder / name).exists():
-            remove(folder / name)
+            shutil.rmtree(folder / name)
         staged.rename(folder / name)
         for old in checkpoints(self.folder):
             if old.name != name:
-                remove(old)
+                shutil.rmtree(old)
 
     def restore(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
@@ -259,7 +263,7 @@ class Trainer:
 def optimizer(student: nn.Module, settings: Training) -> torch.optim.AdamW:
     """AdamW over the latent weights, over scales and shifts, and over norms and biases.
 
-    Embeddings and output head stay as the teacher has them.
+    Embeddings, output head and linear weights that were skipped stay as the teacher has them.
     """
     scale_lr = settings.lr if settings.scale_lr is None else settings.scale_lr
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "rest": []}
@@ -290,7 +294,7 @@ def _kind(student: Any, module: nn.Module, name: str) -> str | None:
         if name == "weight":
             return "weights"
         return "scales" if name.startswith("weight_") else "rest"
-    if isinstance(module, nn.Embedding) or module is student.get_output_embeddings():
+    if isinstance(module, nn.Embedding) or (is_linear(module) and name == "weight"):
         return None
     return "rest"
 
@@ -317,7 +321,7 @@ def without_dropout(model: nn.Module) -> None:
 def has_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in float32 on this device."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported())
     return False
@@ -327,13 +331,6 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = (folder / CHECKPOINTS).glob("step-*")
     return sorted(p for p in found if p.suffix != ".part")
-
-
-def remove(folder: Path) -> None:
-    """Remove a flat folder of ours."""
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
 
 
 def _scales(layer: TernaryLinear) -> list[Tensor]:
