@@ -50,13 +50,12 @@ def ternarize(
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     # a command that ended between packing and its report goes on, and packs once more
     half = (run / hf.RUN_FILE).is_file() and _made(out, asked)
-    if not overwrite and not half:
-        finished = _finished(out, recipe, asked)
-        if finished is not None:
-            progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
-            return finished
-        checkpoint.check_output(out, overwrite)
+    finished = None if overwrite or half else _finished(out, recipe, asked)
+    if finished is not None:
+        progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
+        return finished
     runs.refuse_input(out, [model])
+    checkpoint.check_output(out, overwrite or half)
     prepared, record = distill.begin(
         model,
         run,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ternq  # noqa: F401  registers the quantizer
-from ternq import distill, hf
+from ternq import corpus, hf
 from ternq import ternarize as verbs
 from ternq.errors import InputError
 from ternq.linear import packed_layers
@@ -28,7 +28,7 @@ IDS = torch.arange(40).view(2, 20) * 5 % checkpoints.VOCABULARY
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less text for perplexities and samples."""
-    monkeypatch.setattr(distill, "HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
     monkeypatch.setattr(verbs, "SAMPLE_TOKENS", 2)
 
 

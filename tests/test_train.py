@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import checkpoint, distill, hf, stop, train
+from ternq import checkpoint, corpus, distill, hf, stop, train
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
 from ternq.linear import prepare, ternary_layers
@@ -31,7 +31,7 @@ BLOCK = 16
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,8 @@ def test_metrics(tmp_path: Path) -> None:
     assert [e.done for e in events] == [1, 2, 3]
     for line in lines:
         assert {"seconds", "loss", "kl", "ce", "off", "lr", "gradient_norm"} <= set(line)
-        assert line["loss"] == pytest.approx(line["kl"] + 0.5 * line["ce"] + line["off"], rel=1e-5)
+        loss = line["kl"] + 0.5 * line["ce"] + made.settings.off * line["off"]
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
         cosines = [line[f"cosine_{i}"] for i in range(2)]
         assert 1 - sum(cosines) / 2 == pytest.approx(line["off"], abs=1e-6)
         assert {"flip_share", "zero_share", "scale_drift", "shift_drift"} <= set(line)
@@ -454,7 +455,7 @@ def run(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A finished run, not to be changed."""
     out = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(distill, "HELD_OUT_TOKENS", 256)
+        monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
         distill.distill(str(source), out, checkpoints.recipe(source, text), offline=True)
     return out
 
@@ -465,7 +466,9 @@ def start_of(model: Path, recipe: Recipe) -> distill.Prepared:
 
 def test_training_goes_on_from_a_run_with_its_codes(run: Path, text: Path, tmp_path: Path) -> None:
     trained = codes(hf.load(str(run)).model)
-    prepared = start_of(run, checkpoints.recipe(run, text, group_size=99))
+    with pytest.raises(RecipeError, match="ternary already, with --group-size 16"):
+        start_of(run, checkpoints.recipe(run, text, group_size=99))
+    prepared = start_of(run, checkpoints.recipe(run, text, group_size=128))
     assert prepared.recipe.scheme.group_size == 16  # that of the layers
     started = codes(prepared.student.model)
     assert all(torch.equal(started[n], trained[n]) for n in trained)
