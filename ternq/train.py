@@ -319,7 +319,7 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in float32 on this device."""
+    """Whether the device has bf16 matrix products of its own, and does not emulate them."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":

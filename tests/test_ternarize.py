@@ -1,0 +1,103 @@
+"""What becomes of outputs: half-made ones go on, finished ones stay, inputs are never replaced."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+
+from ternq import corpus, train
+from ternq import ternarize as verbs
+from ternq.errors import RecipeError
+from ternq.ternarize import ternarize
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """`ternarize` of one tiny model into ``out``."""
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr(verbs, "SAMPLE_TOKENS", 2)
+    source = checkpoints.folder(tmp_path / "model", "llama")
+    text = checkpoints.text_file(tmp_path / "text.jsonl")
+    recipe = checkpoints.recipe(source, text)
+
+    def run(out: str = "out", **options: Any) -> dict[str, Any]:
+        return ternarize(str(source), tmp_path / out, recipe, offline=True, **options)
+
+    return run
+
+
+def test_a_command_cut_off_after_packing_goes_on(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verbs, "samples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    assert (tmp_path / "out" / "ternq.json").is_file()
+    assert (tmp_path / "out.run").is_dir()
+    monkeypatch.setattr(train.Trainer, "one_step", interrupted)  # nothing is trained again
+    report = make()
+    assert report["verify"]["ok"]
+    assert report["results"][str(tmp_path / "out")]["held-out"]["token_perplexity"] > 1
+    assert not (tmp_path / "out.run").exists()
+    assert make() == verbs.checkpoint.read_json(tmp_path / "out.report" / "report.json")
+
+
+def test_a_finished_output_without_its_report_is_still_finished(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    made = make()
+    before = checkpoints.contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.report")
+    again = make()
+    assert again["weights"] == made["weights"]
+    assert checkpoints.contents(tmp_path / "out") == before
+    with pytest.raises(RecipeError, match="another recipe"):
+        make(keep_dtype=True)
+
+
+@pytest.mark.parametrize("out", ["model", "model/"])
+def test_the_input_is_never_the_output(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, out: str
+) -> None:
+    before = checkpoints.contents(tmp_path / "model")
+    with pytest.raises(RecipeError):
+        make(out, overwrite=True)
+    assert checkpoints.contents(tmp_path / "model") == before
+
+
+def test_a_run_is_not_overwritten_by_what_is_made_of_it(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    make()
+    before = checkpoints.contents(tmp_path / "out")
+    recipe = checkpoints.recipe(tmp_path / "out", tmp_path / "text.jsonl")
+    with pytest.raises(RecipeError, match="the model itself"):
+        ternarize(str(tmp_path / "out"), tmp_path / "out", recipe, overwrite=True, offline=True)
+    assert checkpoints.contents(tmp_path / "out") == before
+
+
+def test_overwriting_goes_on_with_its_own_stopped_run(
+    make: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    with pytest.raises(Exception, match="checkpoint is saved"):
+        make(overwrite=True, time_limit=1e-6)
+    (saved,) = train.checkpoints(tmp_path / "out.run")
+    assert saved.name == "step-00000001"
+    steps: list[int] = []
+    one_step = train.Trainer.one_step
+
+    def counted(self: train.Trainer) -> dict[str, float]:
+        steps.append(self.step)
+        return one_step(self)
+
+    monkeypatch.setattr(train.Trainer, "one_step", counted)
+    make(overwrite=True)
+    assert steps[0] == 1
