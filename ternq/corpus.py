@@ -31,9 +31,14 @@ class Corpus:
     note: str | None = None
 
 
-def choose(training_data: tuple[str, ...], offline: bool) -> tuple[tuple[str, ...], str | None]:
-    """The text asked for; else C4 streamed from the hub; else the teacher's own, said in a note."""
-    if training_data:
+def choose(
+    teacher: hf.Loaded, training_data: tuple[str, ...], offline: bool
+) -> tuple[tuple[str, ...], str | None]:
+    """The text asked for; else C4 streamed from the hub; else the teacher's own, said in a note.
+
+    The demo has a text of its own, which is no source by name: nothing.
+    """
+    if training_data or teacher.source == DEMO:
         return training_data, None
     if is_offline(offline):
         why = "no --data was given and the hub is not to be reached"
@@ -52,7 +57,7 @@ def corpus(
 ) -> Corpus:
     """Open the text. ``cache`` is the run's folder, where the teacher's own text is kept."""
     length = recipe.training.sequence_length
-    if teacher.source == DEMO and not recipe.training.data:
+    if not specs:
         return _demo(teacher, recipe, length)
     written: list[str] = []
     if any(name == data.SELF for name, _ in data.parse_mix(specs)):

@@ -170,7 +170,7 @@ def prepare_run(
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
     recipe = replace(recipe, training=_fitting(student, recipe.training, record, device, notes))
-    specs, note = corpora.choose(recipe.training.data, offline)
+    specs, note = corpora.choose(big, recipe.training.data, offline)
     if record is not None and not recipe.training.data:
         specs, note = tuple(record.get("data", ())), None
     notes += [note] if note else []
