@@ -19,7 +19,7 @@ import ternq
 from ternq import boundary, cli, errors, stop, terminal
 from ternq.options import duration_of
 from ternq.progress import Event
-from ternq.recipe import Scheme, Training, flag
+from ternq.recipe import Scheme, Training, default_recipe, flag
 
 COMMON = {
     "schema_version", "command", "status", "exit_code", "error", "version", "seed", "duration_s",
@@ -124,7 +124,7 @@ def test_ternarize_without_options_is_the_default_recipe(fake: Callable[..., Fak
     assert cli.run(["ternarize", "demo"]) == 0
     model, out, recipe = verb.args
     assert (model, out) == ("demo", Path("demo-ternary"))
-    assert (recipe.scheme, recipe.training, recipe.seed) == (Scheme(), Training(), 0)
+    assert recipe == default_recipe("demo")
     expected = {"overwrite": False, "resume": None, "time_limit": None, "keep_dtype": False,
                 "offline": False, "trust_remote_code": False}  # fmt: skip
     assert expected.items() <= verb.options.items()
