@@ -63,10 +63,8 @@ def estimate(student: Any, settings: Training, device: str) -> Memory:
 
 def refuse_without_room(model: Any, device: str) -> None:
     """`ResourceError` if a second float32 copy of a loaded model does not fit."""
-    needed, free = (
-        4 * sum(p.numel() for p in model.parameters()),
-        free_memory(torch.device(device)),
-    )
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    free = free_memory(torch.device(device))
     if needed > free:
         raise ResourceError(
             f"A student of this size needs {needed / 1e9:.1f} GB beside its teacher, and "
@@ -83,7 +81,6 @@ def choose(student: Any, settings: Training, device: str) -> tuple[Training, str
     Raises:
         ResourceError: none fits; the sentence says how much is missing.
     """
-    gigabytes = 1e9
     tried = [settings]
     size = settings.micro_batch_size or settings.batch_size
     while size > 1 and settings.micro_batch_size is None:
@@ -96,20 +93,21 @@ def choose(student: Any, settings: Training, device: str) -> tuple[Training, str
             how = f"micro batches of {candidate.micro_batch_size or candidate.batch_size}"
             how += ", activations recomputed" if candidate.gradient_checkpointing else ""
             return candidate, (
-                f"end to end, {how}: needs about {memory.needed / gigabytes:.1f} GB of the "
-                f"{memory.free / gigabytes:.1f} GB that are free"
+                f"end to end, {how}: needs about {memory.needed / 1e9:.1f} GB of the "
+                f"{memory.free / 1e9:.1f} GB that are free"
             )
-    missing = (memory.needed - memory.free) / gigabytes
+    missing = (memory.needed - memory.free) / 1e9
     raise ResourceError(
-        f"Training end to end needs about {memory.needed / gigabytes:.1f} GB of memory, "
+        f"Training end to end needs about {memory.needed / 1e9:.1f} GB of memory, "
         f"{missing:.1f} GB more than is free.",
         "Take a machine with more memory, or a shorter --sequence-length.",
     )
 
 
-def probe(trainer: Any, vocabulary: int) -> float:
+def probe(trainer: Any) -> float:
     """Tokens a second of one training step, measured on random tokens; nothing is learned."""
     settings = trainer.settings
+    vocabulary = trainer.student.get_output_embeddings().weight.shape[0]
     shape = (settings.batch_size, settings.sequence_length)
     batch = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     seconds = []

@@ -28,7 +28,6 @@ class Corpus:
     blocks: Iterator[Tensor]
     name: str
     specs: tuple[str, ...]
-    note: str | None = None
 
 
 def choose(
@@ -60,7 +59,7 @@ def corpus(
     if not specs:
         return _demo(teacher, recipe, length)
     written: list[str] = []
-    if any(name == data.SELF for name, _ in data.parse_mix(specs)):
+    if has_own_text(specs):
         written = _own_text(teacher, recipe, progress, cache)
     n_blocks = max(1, len(written) // 8) if written else max(1, HELD_OUT_TOKENS // length)
     held_out, blocks = data.split_held_out(
@@ -74,6 +73,11 @@ def corpus(
         written=written,
     )
     return Corpus(held_out.flatten(), blocks, "held out of " + ", ".join(specs), specs)
+
+
+def has_own_text(specs: tuple[str, ...]) -> bool:
+    """Whether the teacher's own text is among the sources."""
+    return any(name == data.SELF for name, _ in data.parse_mix(specs))
 
 
 def unwritten(specs: tuple[str, ...]) -> Corpus:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, data, hf, runs
+from ternq import budget, checkpoint, hf, runs
 from ternq import corpus as corpora
 from ternq.errors import InputError, RecipeError
 from ternq.linear import (
@@ -176,7 +176,7 @@ def prepare_run(
     notes += [note] if note else []
     for note in notes:
         progress(Event("plan", note))
-    if not open_text and any(name == data.SELF for name, _ in data.parse_mix(specs)):
+    if not open_text and corpora.has_own_text(specs):
         text = corpora.unwritten(specs)
     else:
         text = corpora.corpus(big, recipe, specs, offline=offline, progress=progress, cache=cache)
@@ -360,7 +360,7 @@ def _steps(trainer: Trainer, progress: Progress) -> int:
     if settings.steps is not None or settings.tokens is not None:
         return budget.planned_steps(settings, rate=0.0)
     progress(Event("plan", "Measuring how fast this machine trains"))
-    rate = budget.probe(trainer, trainer.student.get_output_embeddings().weight.shape[0])
+    rate = budget.probe(trainer)
     steps = budget.planned_steps(settings, rate)
     tokens = steps * settings.batch_size * settings.sequence_length
     progress(

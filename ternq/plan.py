@@ -49,7 +49,7 @@ def plan(
         folder=out,
         progress=progress,
     )
-    rate = budget.probe(trainer, student.get_output_embeddings().weight.shape[0])
+    rate = budget.probe(trainer)
     steps = budget.planned_steps(settings, rate)
     tokens = steps * settings.batch_size * settings.sequence_length
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)

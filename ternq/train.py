@@ -273,7 +273,7 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.AdamW:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind = _kind(student, module, name)
+            kind = _kind(module, name)
             parameter.requires_grad_(kind is not None)
             if kind is not None:
                 groups[kind].append(parameter)
@@ -289,7 +289,7 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.AdamW:
     )
 
 
-def _kind(student: Any, module: nn.Module, name: str) -> str | None:
+def _kind(module: nn.Module, name: str) -> str | None:
     if isinstance(module, TernaryLinear):
         if name == "weight":
             return "weights"
