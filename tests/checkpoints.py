@@ -4,12 +4,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 from ternq.recipe import Recipe, Scheme, Training
+from ternq.train import Trainer
 
 VOCABULARY = 257
 SMALL: dict[str, Any] = {
@@ -107,6 +109,19 @@ def recipe(model: Path | str, data: Path, group_size: int = 16, **training: Any)
         scheme=Scheme(group_size=group_size),
         training=Training(**usual | training),
     )
+
+
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of every training step from now on."""
+    steps: list[int] = []
+    one_step = Trainer.one_step
+
+    def counted(self: Trainer) -> dict[str, float]:
+        steps.append(self.step)
+        return one_step(self)
+
+    monkeypatch.setattr(Trainer, "one_step", counted)
+    return steps
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -505,14 +505,7 @@ def test_a_disk_that_runs_full(
     ternq: Callable[..., dict[str, Any]],
 ) -> None:
     before = checkpoints.contents(model)
-    steps: list[int] = []
-    one_step = train.Trainer.one_step
-
-    def counted(self: train.Trainer) -> dict[str, float]:
-        steps.append(self.step)
-        return one_step(self)
-
-    monkeypatch.setattr(train.Trainer, "one_step", counted)
+    steps = checkpoints.counted_steps(monkeypatch)
     ask = ["ternarize", model, "-o", "out", "--data", text, *QUICK]
     with monkeypatch.context() as full:
         full_at(what, full)

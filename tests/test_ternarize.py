@@ -91,13 +91,6 @@ def test_overwriting_goes_on_with_its_own_stopped_run(
         make(overwrite=True, time_limit=1e-6)
     (saved,) = train.checkpoints(tmp_path / "out.run")
     assert saved.name == "step-00000001"
-    steps: list[int] = []
-    one_step = train.Trainer.one_step
-
-    def counted(self: train.Trainer) -> dict[str, float]:
-        steps.append(self.step)
-        return one_step(self)
-
-    monkeypatch.setattr(train.Trainer, "one_step", counted)
+    steps = checkpoints.counted_steps(monkeypatch)
     make(overwrite=True)
     assert steps[0] == 1
