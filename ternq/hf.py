@@ -126,6 +126,24 @@ def local_path(model: str) -> Path | None:
     return None
 
 
+def skeleton(folder: Path) -> Any:
+    """The model that ``config.json`` of a folder describes, dense and without memory (on "meta").
+
+    Raises:
+        InputError: the configuration is damaged, or is not one of a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _in_words(str(folder), offline=True):
+        config = _config(str(folder), str(folder), {"local_files_only": True})
+        for name in ("quantization_config", "auto_map"):
+            if hasattr(config, name):
+                delattr(config, name)
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config
+            return build(config)
+
+
 def max_length(model: nn.Module) -> int:
     """Positions the model was made for, as its configuration says; 2048 if it does not."""
     config = model.config

@@ -10,6 +10,7 @@ eq. 4), its threshold as quoted by CAT-Q (arXiv 2606.26650) for TWN (Li et al. 2
 1605.04711).
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 THRESHOLD = 0.7  # of the group's mean absolute value: TWN's rule
+
+
+@dataclass(frozen=True)
+class TernaryWeight:
+    """A ternary weight ``[out, in]`` in numbers: what every format stores in its own way.
+
+    ``codes`` int8 ``[out, in]``, ``scale`` and ``shift`` (or None) float16 ``[out, groups]``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    group_size: int
+
+    def dequantized(self) -> Tensor:
+        """The weight, float32 ``[out, in]``."""
+        return dequantize(self.codes, self.scale, self.shift, self.group_size)
+
+    def canonical(self) -> "TernaryWeight":
+        """The same weight in the one stored form, `canonical`."""
+        form = canonical(self.codes, self.scale, self.shift, self.group_size)
+        return TernaryWeight(*form, self.group_size)
+
+    def same(self, other: "TernaryWeight") -> bool:
+        """Whether the other holds the same numbers, to the bit."""
+        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.shift, other.shift))
+        return all(a is b if a is None or b is None else _equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def n_groups(columns: int, group_size: int) -> int:

@@ -1,0 +1,41 @@
+"""Formats of other programs: one file each, which writes it and has its consumer read it back.
+
+A format is a function ``export(source, folder, options, progress)`` that writes into an empty
+staging folder what the other program loads, has that program's own reader (or, where it is not
+installed, ours, which is said) give back every tensor, and compares. It raises `RecipeError` for a
+model that the format cannot hold, naming the nearest format that can, and `VerificationError` if
+what it reads back is not what it wrote.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an export may be made.
+
+    ``exact`` refuses any rounding; ``lossy`` allows a format that loses more than one rounding.
+    ``encoding`` is a GGUF type, or None for the one that fits.
+    """
+
+    exact: bool = False
+    lossy: bool = False
+    encoding: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was proved.
+
+    ``bits`` counts what the file spends on the ternary layers. ``rounded`` has the largest error of
+    each layer in units of its group's scale, of layers that are not exact; ``lost`` the relative
+    error (Frobenius norm) of layers where more than one rounding was lost.
+    """
+
+    encoding: str
+    bits: int
+    checked: int
+    reader: str
+    rounded: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
