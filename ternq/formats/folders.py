@@ -1,0 +1,190 @@
+"""A model folder of another program, as far as all of them are alike.
+
+Configuration, tokenizer and every tensor that is not ternary: copied by name, converted to one
+type, written shard by shard, read back. What a format does with ternary layers is its own.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternq import checkpoint, hf
+from ternq.errors import RecipeError, VerificationError
+from ternq.formats import Options
+from ternq.source import Source
+from ternq.writer import Layout, write_tensors
+
+SHARD_BYTES = 5 * 10**8
+SMALL = 200_000_000  # parameters of a model that is loaded whole to be verified
+BASE_FILES = (  # copied as they are; weights, cards and manifests are not
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Others:
+    """The tensors that are not ternary, in the export's type; integers and buffers keep theirs.
+
+    ``changed`` counts the values that the type cannot hold as they are, ``largest_change`` is the
+    largest difference.
+    """
+
+    source: Source
+    dtype: torch.dtype
+    buffers: frozenset[str]
+    layout: Layout
+    changed: int
+    largest_change: float
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them, converted."""
+        return _converted(self.source.tensor(name), self.dtype, name in self.buffers)
+
+    def notes(self) -> list[str]:
+        """What rounding them cost, in a sentence, or nothing."""
+        if not self.changed:
+            return []
+        return [
+            f"{self.changed:,} values of tensors that are not ternary are rounded to "
+            f"{checkpoint.dtype_name(self.dtype)}, by at most {self.largest_change:.2g}."
+        ]
+
+
+def chosen_dtype(
+    options: Options, default: str, allowed: tuple[str, ...], what: str
+) -> torch.dtype:
+    """The type that ``options.encoding`` names; `RecipeError` if ``what`` has no such encoding."""
+    name = options.encoding or default
+    if name not in allowed:
+        raise RecipeError(
+            f"The format {what} has no encoding '{name}'.", f"It has {', '.join(allowed)}."
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def begin(source: Source, folder: Path, dtype: torch.dtype) -> Any:
+    """Write configuration and base files; returns the empty model that they describe."""
+    for name in BASE_FILES:
+        if (source.base / name).is_file():
+            shutil.copyfile(source.base / name, folder / name)
+    write_config(source, folder, dtype, {})
+    return hf.skeleton(folder)
+
+
+def write_config(source: Source, folder: Path, dtype: torch.dtype, more: Mapping[str, Any]) -> None:
+    """Write ``config.json``: the model's own, its type, and what the format adds."""
+    left_out = ("quantization_config", "quantization", "torch_dtype")
+    config = {name: value for name, value in source.config.items() if name not in left_out}
+    config["dtype"] = checkpoint.dtype_name(dtype)
+    checkpoint.write_json(folder / "config.json", {**config, **more})
+
+
+def others_of(source: Source, skeleton: Any, dtype: torch.dtype, options: Options) -> Others:
+    """Look at every tensor that is not ternary: types, shapes, and what the conversion changes.
+
+    Raises:
+        RecipeError: a value is beyond the type, or changes and ``options.exact`` was given.
+    """
+    buffers = frozenset(name for name, _ in skeleton.named_buffers())
+    layout, changed, largest = {}, 0, 0.0
+    for name in source.others:
+        tensor = source.tensor(name)
+        new = _converted(tensor, dtype, name in buffers)
+        layout[name] = (new.dtype, tuple(new.shape))
+        if new.dtype == tensor.dtype:
+            continue
+        change = (new.double() - tensor.double()).abs()
+        changed += int((change != 0).sum())
+        largest = max(largest, float(change.max()) if change.numel() else 0.0)
+        if not math.isfinite(largest):
+            raise RecipeError(
+                f"{name} has values that {checkpoint.dtype_name(dtype)} cannot hold.",
+                "Choose --encoding float32.",
+            )
+        if changed and options.exact:
+            raise RecipeError(
+                f"{name} is not exact in {checkpoint.dtype_name(dtype)}.",
+                "Choose --encoding float32, or leave out --exact.",
+            )
+    return Others(source, dtype, buffers, layout, changed, largest)
+
+
+def write(
+    folder: Path, others: Others, layers: Layout, tensors: Callable[[str], dict[str, Tensor]]
+) -> None:
+    """Write all tensors. ``tensors`` gives those of a layer by the last part of their names.
+
+    In the layout the tensors of a layer stand together, so each layer is asked for once.
+    """
+    held: dict[str, dict[str, Tensor]] = {}
+
+    def tensor(name: str) -> Tensor:
+        if name in others.layout:
+            return others.tensor(name)
+        module, _, part = name.rpartition(".")
+        if module not in held:
+            held.clear()
+            held[module] = tensors(module)
+        return held[module][part]
+
+    write_tensors(folder, {**others.layout, **layers}, tensor, SHARD_BYTES)
+
+
+def check_others(state: Mapping[str, Tensor] | checkpoint.TensorFolder, others: Others) -> None:
+    """Compare every tensor that is not ternary; VerificationError if it is not what was written."""
+    for name in others.layout:
+        if not same(state[name], others.tensor(name)):
+            raise VerificationError(f"{name} is not in the file what was written.")
+
+
+def check_names(skeleton: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor of the model stands in the file, tied ones once, and nothing else does.
+
+    Raises:
+        VerificationError: a name is missing, unknown, there twice, or of another shape.
+    """
+    state = skeleton.state_dict(keep_vars=True)
+    alike: dict[int, set[str]] = {}
+    for name, tensor in state.items():
+        alike.setdefault(id(tensor), set()).add(name)
+    for names in alike.values():
+        if len(names & set(shapes)) != 1:
+            raise VerificationError(f"{min(names)} does not stand once in the file.")
+    for name, shape in shapes.items():
+        if name not in state or shape != tuple(state[name].shape):
+            raise VerificationError(f"The model has no {name} of shape {list(shape)}.")
+
+
+def bits(layout: Layout) -> int:
+    """Bits that the tensors of a layout take."""
+    return 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are alike in type, shape and value."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def parameters(skeleton: Any) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, is_buffer: bool) -> Tensor:
+    return tensor if is_buffer or not tensor.is_floating_point() else tensor.to(dtype)
