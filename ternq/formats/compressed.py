@@ -90,10 +90,9 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         layer = stored(module)
         rounded.update({module: layer.rounded} if layer.rounded else {})
         lost.update({module: layer.lost} if layer.lost else {})
-        progress(Event("pack", module))
         return layer.tensors()
 
-    folders.write(folder, others, layout, tensors)
+    folders.write(folder, others, layout, tensors, progress)
     how = _verify(folder, others, skeleton, stored, progress)
     return Exported(
         encoding=_encoding(shapes, sizes, dtype),
@@ -311,7 +310,8 @@ def _compare_model(
     dense.load_state_dict(state, strict=False)
     with _asked("transformers"):
         again = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        ids = torch.arange(_PROBE[0] * _PROBE[1]).view(_PROBE) % config.vocab_size
+        vocabulary = dense.get_input_embeddings().num_embeddings
+        ids = torch.arange(_PROBE[0] * _PROBE[1]).view(_PROBE) % vocabulary
         with torch.no_grad():
             expected, found = dense(input_ids=ids).logits, again(input_ids=ids).logits
     difference = float((found - expected).abs().max())

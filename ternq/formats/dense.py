@@ -40,10 +40,9 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         weight, error = _rounded(source, module, dtype, options)
         if error:
             rounded[module] = error
-        progress(Event("pack", module))
         return {"weight": weight}
 
-    folders.write(folder, others, layout, tensors)
+    folders.write(folder, others, layout, tensors, progress)
     reader = _verify(folder, others, skeleton, progress)
     return Exported(
         encoding=checkpoint.dtype_name(dtype),

@@ -5,7 +5,6 @@ type, written shard by shard, read back. What a format does with ternary layers 
 """
 
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,12 @@ from torch import Tensor
 from ternq import checkpoint, hf
 from ternq.errors import RecipeError, VerificationError
 from ternq.formats import Options
+from ternq.progress import Event, Progress
 from ternq.source import Source
 from ternq.writer import Layout, write_tensors
 
 SHARD_BYTES = 5 * 10**8
 SMALL = 200_000_000  # parameters of a model that is loaded whole to be verified
-BASE_FILES = (  # copied as they are; weights, cards and manifests are not
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -80,9 +68,7 @@ def chosen_dtype(
 
 def begin(source: Source, folder: Path, dtype: torch.dtype) -> Any:
     """Write configuration and base files; returns the empty model that they describe."""
-    for name in BASE_FILES:
-        if (source.base / name).is_file():
-            shutil.copyfile(source.base / name, folder / name)
+    hf.copy_base(source.base, folder)
     write_config(source, folder, dtype, {})
     return hf.skeleton(folder)
 
@@ -126,12 +112,17 @@ def others_of(source: Source, skeleton: Any, dtype: torch.dtype, options: Option
 
 
 def write(
-    folder: Path, others: Others, layers: Layout, tensors: Callable[[str], dict[str, Tensor]]
+    folder: Path,
+    others: Others,
+    layers: Layout,
+    tensors: Callable[[str], dict[str, Tensor]],
+    progress: Progress,
 ) -> None:
     """Write all tensors. ``tensors`` gives those of a layer by the last part of their names.
 
     In the layout the tensors of a layer stand together, so each layer is asked for once.
     """
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in layers))
     held: dict[str, dict[str, Tensor]] = {}
 
     def tensor(name: str) -> Tensor:
@@ -141,6 +132,7 @@ def write(
         if module not in held:
             held.clear()
             held[module] = tensors(module)
+            progress(Event("pack", done=modules.index(module) + 1, total=len(modules)))
         return held[module][part]
 
     write_tensors(folder, {**others.layout, **layers}, tensor, SHARD_BYTES)
@@ -164,7 +156,7 @@ def check_names(skeleton: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, tensor in state.items():
         alike.setdefault(id(tensor), set()).add(name)
     for names in alike.values():
-        if len(names & set(shapes)) != 1:
+        if len(names & shapes.keys()) != 1:
             raise VerificationError(f"{min(names)} does not stand once in the file.")
     for name, shape in shapes.items():
         if name not in state or shape != tuple(state[name].shape):

@@ -80,10 +80,9 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         stored, error = _layer(source, module, sizes[module], dtype, options)
         if error:
             rounded[module] = error
-        progress(Event("pack", module))
         return stored.tensors()
 
-    folders.write(folder, others, layout, tensors)
+    folders.write(folder, others, layout, tensors, progress)
     reader = _verify(folder, others, skeleton, sizes, progress)
     return Exported(
         encoding=_encoding(sizes, dtype),
