@@ -49,11 +49,11 @@ class _Registration(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module("ternq.quantizer")
+        importlib.import_module("ternq.modeling_ternq")
 
 
 if _QUANTIZERS in sys.modules:
-    importlib.import_module("ternq.quantizer")
+    importlib.import_module("ternq.modeling_ternq")
 else:
     sys.meta_path.insert(0, _Registration())
 

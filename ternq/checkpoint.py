@@ -19,6 +19,7 @@ from torch import Tensor
 from ternq.errors import InputError, ResourceError
 from ternq.files import REFUSALS, free_disk, plain_name, read_json, renamed, write_json, writing
 from ternq.publish import (
+    EXPORT_MANIFEST,
     FORMAT_VERSION,
     MANIFEST,
     check_output,
@@ -31,6 +32,7 @@ from ternq.publish import (
 )
 
 __all__ = [
+    "EXPORT_MANIFEST",
     "FORMAT_VERSION",
     "INDEX",
     "MANIFEST",
@@ -99,20 +101,24 @@ def save_sharded(
 class TensorFolder:
     """The tensors of a model folder, sharded or not, read one at a time; headers are checked.
 
-    Raises `InputError` if the folder has no safetensors, or a file is damaged.
+    ``file`` names one file of the folder instead. Raises `InputError` if the folder has no
+    safetensors, or a file is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str | None = None) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Path] = {}
-        for path in _tensor_files(folder):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118
+        for path in [folder / file] if file else _tensor_files(folder):
+            with _opened(path) as opened:
+                for name in opened.keys():  # noqa: SIM118
                     if name in self._files:
                         raise InputError(f"{path} and {self._files[name]} both hold {name}.")
                     self._files[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    piece = opened.get_slice(name)
+                    self.shapes[name] = tuple(piece.get_shape())
+                    self.dtypes[name] = _dtype(path, piece.get_dtype())
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -126,10 +132,37 @@ class TensorFolder:
             raise InputError(f"{self.folder} holds no tensor {name}.")
         return self._files[name]
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last - 1`` of a tensor; the others are not read."""
+        with _opened(self.path(name)) as file:
+            part: Tensor = file.get_slice(name)[first:last]
+            return part
+
     def __getitem__(self, name: str) -> Tensor:
         with _opened(self.path(name)) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+
+DTYPES = {  # as safetensors names them, in the order in which it stores them
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _dtype(path: Path, name: str) -> torch.dtype:
+    found = next((dtype for dtype, own in DTYPES.items() if own == name), None)
+    if found is None:
+        raise InputError(f"{path} holds tensors of type {name}, which ternq does not read.")
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

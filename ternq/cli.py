@@ -5,10 +5,13 @@ before a verb is called.
 """
 
 import os
+import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 
@@ -17,7 +20,7 @@ import typer
 import ternq
 from ternq import boundary, helptext, options
 from ternq.boundary import Payload, UsageMistake
-from ternq.errors import InputError
+from ternq.errors import InputError, RecipeError
 from ternq.progress import Progress
 from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge
 
@@ -89,6 +92,17 @@ def ternarize(
     recipe: options.RecipeFile = None,
     preset: options.Preset = "auto",
     keep_dtype: options.KeepDtype = False,
+    embeddings: options.Embeddings = "keep",
+    tasks: Annotated[
+        str | None,
+        options.option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Also measure these of both models; see ternq eval.",
+        ),
+    ] = None,
+    limit: options.Documents = None,
+    data_dir: options.DataDir = None,
     seed: options.Seed = None,
     device: options.Device = None,
     *,
@@ -111,6 +125,11 @@ def ternarize(
         resume=resume,
         time_limit=time_limit,
         keep_dtype=keep_dtype,
+        embeddings=embeddings,
+        tasks=_names(tasks or ""),
+        limit=_limit(limit),
+        data_dir=data_dir,
+        made=_made(),
         **world,
     )
     return {"seed": made.seed, **result, "gates": _judged_training(gates, result)}
@@ -163,40 +182,98 @@ def distill(
 @command(
     "pack",
     options.access,
-    examples="ternq pack run -o packed\nternq pack --verify packed",
+    examples="ternq pack run -o packed\nternq pack packed --format gguf -o packed-gguf\n"
+    "ternq pack --verify packed",
 )
 def pack(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A run of ternq distill.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A run, an artefact, or any checkpoint that is ternary already.",
+        ),
     ] = None,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     verify: Annotated[
         Path | None,
-        options.option("--verify", metavar="DIR", help="Check an artefact; write nothing."),
+        options.option(
+            "--verify",
+            metavar="DIR",
+            help="Check an artefact; with MODEL, that it is MODEL's. Write nothing.",
+        ),
     ] = None,
     format: Annotated[
-        Literal["ternq"],
-        options.option("--format", metavar="ternq", help="Five codes in a byte, safetensors."),
+        Literal["ternq", "dense", "compressed-tensors", "gguf", "mlx"],
+        options.option(
+            "--format",
+            metavar="NAME",
+            help="ternq, dense, compressed-tensors, gguf or mlx; see docs/exports.md.",
+        ),
     ] = "ternq",
+    encoding: Annotated[
+        str | None,
+        options.option(
+            "--encoding",
+            metavar="NAME",
+            show_default="what fits",
+            help="Of gguf: TQ1_0, TQ2_0, Q2_0, Q4_1, Q2_K; of dense: bfloat16, float16, float32.",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, options.option("--exact", help="Refuse any rounding, also one of float16.")
+    ] = False,
+    lossy: Annotated[
+        bool,
+        options.option("--lossy", help="Allow a format to lose more; the error is measured."),
+    ] = False,
+    embeddings: options.Embeddings = "keep",
+    group_size: Annotated[
+        int | None,
+        options.option(
+            "--group-size",
+            metavar="N",
+            min=1,
+            show_default="the largest that fits",
+            help="Of a dense checkpoint that is ternary by value.",
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        options.option("--skip", metavar="NAME", help="Layers of such a one to leave dense."),
+    ] = None,
     keep_dtype: options.KeepDtype = False,
     *,
     progress: Progress,
     **settings: Any,
 ) -> Payload:
-    """Pack a trained run for from_pretrained, and prove it."""
-    if (model is None) == (verify is None):
-        raise UsageMistake("Name either a MODEL to pack or --verify DIR.", "See ternq pack --help.")
+    """Pack what is ternary for from_pretrained or another program, and prove it."""
+    if model is None and verify is None:
+        raise UsageMistake("Name a MODEL to pack, or --verify DIR.", "See ternq pack --help.")
+    from ternq.pack import Options
     from ternq.pack import pack as verb
     from ternq.pack import verify as check
 
     if verify is not None:
-        return {"model": str(verify), **check(verify, progress=progress)}
+        if out is not None and out != boundary.default_out(model or ""):
+            raise UsageMistake("--verify writes nothing, so -o has no meaning beside it.")
+        checked = check(verify, model, progress=progress, **settings)
+        return {"model": str(verify), "out": None, **checked}
+    if format != "ternq" and embeddings != "keep":
+        raise RecipeError(f"--embeddings {embeddings} is of the format ternq, not of {format}.")
+    if format == "ternq" and (encoding or lossy):
+        raise RecipeError("--encoding and --lossy are of other formats.", "Name one with --format.")
     return verb(
         cast("str", model),
         _path(out),
+        format=format,
+        embeddings=embeddings,
+        group_size=group_size,
+        skip=tuple(skip or ()),
+        options=Options(exact=exact, lossy=lossy, encoding=encoding),
         overwrite=overwrite,
         keep_dtype=keep_dtype,
+        extra={"made": _made()},
         progress=progress,
         **settings,
     )
@@ -226,15 +303,7 @@ def evaluate(
             help="wikitext, c4, any lm-eval task, a text file; NAME:METRIC.",
         ),
     ] = "wikitext",
-    limit: Annotated[
-        Any,
-        options.option(
-            "--limit",
-            parser=options.limit_of,
-            metavar="N|all",
-            help="Documents per task; N marks results partial.",
-        ),
-    ] = None,
+    limit: options.Documents = None,
     num_fewshot: Annotated[
         int | None,
         options.option("--num-fewshot", metavar="N", help="Examples before each question."),
@@ -245,12 +314,7 @@ def evaluate(
             "--batch-size", metavar="N", show_default="what memory allows", help="Texts at once."
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        options.option(
-            "--data-dir", metavar="DIR", help="Folder laid out as the hub, instead of it."
-        ),
-    ] = None,
+    data_dir: options.DataDir = None,
     baseline: Annotated[
         str | None,
         options.option(
@@ -273,8 +337,8 @@ def evaluate(
 
     result = verb(
         [*models, *also],
-        tasks=tuple(filter(None, (name.strip() for name in tasks.split(",")))),
-        limit=int(limit) if limit and limit != "all" else limit,
+        tasks=_names(tasks),
+        limit=_limit(limit),
         num_fewshot=num_fewshot,
         batch_size=batch_size,
         data_dir=data_dir,
@@ -363,6 +427,23 @@ def _world(device: str | None, settings: Payload) -> Payload:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"device": device} | {k: settings[k] for k in ("offline", "trust_remote_code")}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
+
+
+def _limit(text: str | None) -> Any:
+    return int(text) if text and text != "all" else text
+
+
+def _made() -> Payload:
+    """The command and the versions that make an artefact, for its card."""
+    packages = ("torch", "transformers", "safetensors")
+    versions = {"ternq": ternq.__version__, "Python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in packages}
+    return {"command": shlex.join(["ternq", *sys.argv[1:]]), "versions": versions}
 
 
 def _dtype(name: str | None) -> Any:

@@ -238,6 +238,7 @@ def _recorded_base(base: hf.Loaded) -> str | None:
 
 def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe]:
     """The layers that are ternary already, as layers in training; the scheme is theirs."""
+    hf.undo_int8(student.model)
     for name, layer in packed_layers(student.model).items():
         new = TernaryLinear.from_packed(layer, recipe.training.ste)
         student.model.set_submodule(name, new)
@@ -348,10 +349,26 @@ def perplexity(
     return {
         "perplexity": measured["token_perplexity"],
         "metric": "token_perplexity",
+        "word_perplexity": _per_word(measured, prepared),
         "text": prepared.corpus.name,
         "samples": measured["blocks"],
         "length": measured["block_length"],
     }
+
+
+def _per_word(measured: dict[str, Any], prepared: Prepared) -> float | None:
+    """The perplexity per word of the same text: token perplexity to the power of tokens per word.
+
+    Words are what lies between white space, as in lm-eval.
+    """
+    ids = prepared.corpus.held_out[: measured["tokens"]]
+    words = len(prepared.teacher.tokenizer.decode(ids, skip_special_tokens=True).split())
+    if not words:
+        return None
+    try:
+        return float(measured["token_perplexity"] ** (measured["tokens"] / words))
+    except OverflowError:
+        return None
 
 
 def _steps(trainer: Trainer, progress: Progress) -> int:

@@ -37,7 +37,7 @@ _BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
 
 
 @dataclass
-class _Job:
+class Job:
     """One task as asked for: what text its token perplexity is taken of, and lm-eval's part."""
 
     name: str
@@ -62,6 +62,7 @@ def evaluate(
     trust_remote_code: bool = False,
     seed: int = 0,
     progress: Progress = ignore,
+    jobs: Sequence[Job] = (),
 ) -> dict[str, Any]:
     """Measure models: ``{"results": {MODEL: {TASK: {metric: value, samples: n, partial: bool}}}}``.
 
@@ -69,15 +70,14 @@ def evaluate(
     or group of lm-eval, or a local text file or folder (token perplexity); ``TASK:METRIC`` takes
     that metric alone. ``limit`` takes the first documents and blocks only; unset, c4 takes the
     first 1000 documents. ``data_dir`` is a folder in the hub's layout, used in place of the hub.
+    ``jobs`` are tasks that `load_jobs` has loaded already.
     Raises `RecipeError` for an unknown task and `InputError` for missing models, texts and data.
     """
     if isinstance(limit, int) and limit < 1:
         raise RecipeError(f"--limit is {limit}; it is at least 1, or 'all'.")
-    jobs = [_parse(name) for name in (*tasks, *map(str, text))]
+    jobs = jobs or load_jobs((*tasks, *map(str, text)), data_dir, offline)
     if not jobs or not models:
         raise RecipeError("Nothing to evaluate.", "Name a model and a task.")
-    _load_texts(jobs, data_dir, offline)
-    _load_tasks(jobs, data_dir)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for model in models:
         name = model if isinstance(model, str) else model.name
@@ -96,8 +96,21 @@ def evaluate(
     return {"results": results}
 
 
+def load_jobs(
+    tasks: Sequence[str], data_dir: str | Path | None = None, offline: bool = False
+) -> list[Job]:
+    """Load all that tasks need but a model, so that what is missing is said before any long work.
+
+    Raises `RecipeError` for an unknown task and `InputError` for missing texts and data.
+    """
+    jobs = [_parse(name) for name in tasks]
+    _load_texts(jobs, data_dir, offline)
+    _load_tasks(jobs, data_dir)
+    return jobs
+
+
 def _run(
-    job: _Job,
+    job: Job,
     loaded: Loaded,
     limit: Limit,
     num_fewshot: int | None,
@@ -133,7 +146,7 @@ def _run(
     return found
 
 
-def _only(found: dict[str, dict[str, Any]], job: _Job) -> None:
+def _only(found: dict[str, dict[str, Any]], job: Job) -> None:
     metric = job.metric
     if not any(metric in values for values in found.values()):
         has = sorted({name for values in found.values() for name in values})
@@ -148,22 +161,22 @@ def _only(found: dict[str, dict[str, Any]], job: _Job) -> None:
 # -- what is measured ------------------------------------------------------------------------------
 
 
-def _parse(name: str) -> _Job:
+def _parse(name: str) -> Job:
     task, _, metric = name.rpartition(":")
     if Path(name).expanduser().exists() and (looks_local(name) or name not in _HUB):
-        return _Job(name)
+        return Job(name)
     if task and not looks_local(name):
-        return _Job(task, metric)
-    return _Job(name)
+        return Job(task, metric)
+    return Job(name)
 
 
-def _is_text(job: _Job) -> bool:
+def _is_text(job: Job) -> bool:
     return job.name not in _HUB and (
         looks_local(job.name) or (job.metric is None and Path(job.name).is_file())
     )
 
 
-def _load_texts(jobs: Sequence[_Job], data_dir: str | Path | None, offline: bool) -> None:
+def _load_texts(jobs: Sequence[Job], data_dir: str | Path | None, offline: bool) -> None:
     """The texts of token perplexities; and the word that the hub is out of reach."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"There is no folder '{data_dir}'.", "--data-dir names a folder of data.")
@@ -182,7 +195,7 @@ def _load_texts(jobs: Sequence[_Job], data_dir: str | Path | None, offline: bool
             job.documents = load_split(where, config, split, files=files)["text"]
 
 
-def _load_tasks(jobs: Sequence[_Job], data_dir: str | Path | None) -> None:
+def _load_tasks(jobs: Sequence[Job], data_dir: str | Path | None) -> None:
     wanted = [job for job in jobs if not _is_text(job) and job.metric != TOKEN_PERPLEXITY]
 
     def place(task: str, dataset: str) -> str:
@@ -206,7 +219,7 @@ def _place(task: str, dataset: str, data_dir: str | Path | None) -> str:
     return str(folder)
 
 
-def _ids(job: _Job, tokenizer: Any, length: int, progress: Progress) -> tuple[Tensor, bool]:
+def _ids(job: Job, tokenizer: Any, length: int, progress: Progress) -> tuple[Tensor, bool]:
     """Token ids [n] of a task's text, and whether they are only a part of what the task means."""
     if job.text is not None:
         return _encode(tokenizer, job.text), False

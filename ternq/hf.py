@@ -8,6 +8,7 @@ any long work begins: transformers itself would fill missing weights with random
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 
 from ternq import checkpoint
 from ternq.errors import InputError, ResourceError, VerificationError
-from ternq.linear import TernaryLinear, features, is_linear, packed_layers
+from ternq.linear import TernaryLinear, packed_layers
+from ternq.modeling_ternq import (
+    METHOD,
+    Int8,
+    Int8Linear,
+    TernqConfig,
+    features,
+    is_linear,
+    put_packed,
+)
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, display_name
 
@@ -126,22 +136,68 @@ def local_path(model: str) -> Path | None:
     return None
 
 
-def skeleton(folder: Path) -> Any:
-    """The model that ``config.json`` of a folder describes, dense and without memory (on "meta").
+def model_folder(model: str, path: Path | None, offline: bool) -> Path:
+    """The folder of a dense checkpoint: ``path``, or the hub's files in the local cache.
+
+    Raises:
+        InputError: it is no model, or cannot be had.
+    """
+    if path is not None:
+        where, options = _where(model, path)
+        if "gguf_file" in options:
+            raise InputError(f"'{model}' is a file; a folder of safetensors is wanted here.")
+        return Path(where)
+    from huggingface_hub import snapshot_download
+
+    with _in_words(model, offline):
+        found = snapshot_download(model, allow_patterns=_PATTERNS, local_files_only=offline)
+    return Path(found)
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that the model card of a folder names; None if it names none."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(folder / "README.md").data.get("license")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
+    """The model that ``config.json`` of a folder describes, without memory (on "meta").
+
+    It is dense, or has the packed layers that ``packed`` names.
 
     Raises:
         InputError: the configuration is damaged, or is not one of a causal language model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with _in_words(str(folder), offline=True):
-        config = _config(str(folder), str(folder), {"local_files_only": True})
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _refuse_other_models(str(folder), config)
         for name in ("quantization_config", "auto_map"):
             if hasattr(config, name):
                 delattr(config, name)
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
-            return build(config)
+            model = build(config)
+        if packed is not None:
+            put_packed(model, packed)
+        return model
+
+
+def packed_config(folder: Path) -> TernqConfig:
+    """The checked ``quantization_config`` of an artefact; `VerificationError` if it has none."""
+    found = checkpoint.read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise VerificationError(f"{folder / 'config.json'} has no quantization_config of ternq.")
+    try:
+        return TernqConfig(**{str(k): v for k, v in found.items() if k != "quant_method"})
+    except (ValueError, TypeError) as error:
+        raise VerificationError(f"{folder / 'config.json'}: {error}.") from error
 
 
 def max_length(model: nn.Module) -> int:
@@ -170,6 +226,47 @@ def save_base(loaded: Loaded, folder: Path) -> None:
     if getattr(loaded.model, "generation_config", None) is not None:
         loaded.model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+
+
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
+_BASE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def copy_base(base: Path, folder: Path) -> None:
+    """Copy generation settings and tokenizer from one folder to another, and nothing else."""
+    for name in _BASE_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def undo_int8(model: nn.Module) -> None:
+    """Put plain layers in the place of 8-bit embeddings and output heads; ties stay ties."""
+    shared: dict[int, nn.Parameter] = {}
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Int8):
+            continue
+        weight = shared.setdefault(id(layer.weight), nn.Parameter(layer.dequantized()))
+        rows, columns = weight.shape
+        plain: Any
+        with torch.device("meta"):
+            if isinstance(layer, Int8Linear):
+                plain = nn.Linear(columns, rows, bias=layer.bias is not None)
+                plain.bias = layer.bias
+            else:
+                plain = nn.Embedding(rows, columns)
+        plain.weight = weight
+        model.set_submodule(name, plain)
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -202,12 +299,8 @@ def _load_run(model: str, path: Path, device: str) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     build: Any = AutoModelForCausalLM.from_config
+    refuse_unfinished(path)
     run = read_run(path)
-    if not (path / STUDENT_FILE).is_file():
-        raise InputError(
-            f"The run '{model}' is not finished.",
-            f"Go on with it: ternq distill {run['recipe'].get('model', 'MODEL')} -o {path}",
-        )
     recipe = Recipe.from_json(run["recipe"])
     with _in_words(model, offline=True):
         config = AutoConfig.from_pretrained(path / BASE_FOLDER, local_files_only=True)
@@ -218,6 +311,15 @@ def _load_run(model: str, path: Path, device: str) -> Loaded:
     stored = getattr(torch, str(run["dtype"]))
     name = display_name(recipe.model)
     return Loaded(_to(loaded.eval(), device), tokenizer, name, model, "run", path, stored)
+
+
+def refuse_unfinished(run: Path) -> None:
+    """`InputError` if a run has no trained student yet."""
+    if not (run / STUDENT_FILE).is_file():
+        model = read_run(run)["recipe"].get("model", "MODEL")
+        raise InputError(
+            f"The run '{run}' is not finished.", f"Go on with it: ternq distill {model} -o {run}"
+        )
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -278,9 +380,31 @@ def _where(model: str, path: Path | None) -> tuple[str, dict[str, Any]]:
 
 def _config(model: str, where: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(where, **options)
+    _refuse_other_models(model, config)
+    method = quantized_by(config)
+    if method not in (None, METHOD):
+        raise InputError(
+            f"'{model}' is already quantized ({method}).", "Start from the full-precision model."
+        )
+    return config
+
+
+def quantized_by(config: Any) -> str | None:
+    """The ``quant_method`` that a configuration names."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    is_plain = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_plain else quantization.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _refuse_other_models(model: str, config: Any) -> None:
+    """`InputError` for a configuration that is not one of a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     architectures = getattr(config, "architectures", None) or []
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in vars(
@@ -291,19 +415,6 @@ def _config(model: str, where: str, options: dict[str, Any]) -> Any:
         raise InputError(f"'{model}' is a {architectures[0]}, not a causal language model.")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"'{model}' is an encoder-decoder, not a causal language model.")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else quantization.quant_method
-        )
-        if getattr(method, "value", method) != "ternq":
-            raise InputError(
-                f"'{model}' is already quantized ({getattr(method, 'value', method)}).",
-                "Start from the full-precision model.",
-            )
-    return config
 
 
 def _weights(

@@ -1,8 +1,8 @@
 """Ternary linear layers, and the one rule that says which layers of a model become ternary.
 
-`TernaryLinear` learns (latent weight, scale, shift); `PackedLinear` holds codes, five to a byte.
-Modules are swapped, not parametrized: names of parameters stay as they were, so that checkpoints,
-tied weights and ``repr(model)`` tell the truth.
+`TernaryLinear` learns (latent weight, scale, shift); `PackedLinear`, of `ternq.modeling_ternq`,
+holds codes, five to a byte. Modules are swapped, not parametrized: names of parameters stay as they
+were, so that checkpoints, tied weights and ``repr(model)`` tell the truth.
 """
 
 import fnmatch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ternq import packing, ternary
 from ternq.errors import InputError, RecipeError
+from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import Scheme, Ste
 
 
@@ -95,82 +96,31 @@ class TernaryLinear(nn.Linear):
         """The codes in use, int8 ``[out, in]``."""
         return ternary.quantize(self.weight, self.group_size)
 
-    def exported(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes (int8), scale and shift (float16) in the one stored form, `ternary.canonical`."""
-        return ternary.canonical(
+    def exported(self) -> ternary.TernaryWeight:
+        """The numbers that are stored, in the one stored form, `ternary.canonical`."""
+        own = ternary.TernaryWeight(
             self.codes(), self.weight_scale, self.weight_shift, self.group_size
         )
+        return own.canonical()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class PackedLinear(nn.Module):
-    """A linear layer that holds its codes packed, five to a byte, and unpacks them when used.
-
-    Buffers are named as in the file: ``weight`` uint8 ``[out, ceil(in / 5)]``, ``weight_scale`` and
-    ``weight_shift`` float16 ``[out, groups]``. Under the name ``weight`` a program that does not
-    know ternq meets a wrong shape and stops, where a new name would leave it random weights.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    weight_shift: Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, group_size: int, shift: bool
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.group_size = group_size
-        groups = (out_features, ternary.n_groups(in_features, group_size))
-        width = packing.packed_width(in_features)
-        self.register_buffer("weight", torch.zeros(out_features, width, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.zeros(groups, dtype=torch.float16))
-        shifts = torch.zeros(groups, dtype=torch.float16) if shift else None
-        self.register_buffer("weight_shift", shifts)
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        bias: nn.Parameter | None,
-        group_size: int,
-    ) -> "PackedLinear":
-        """Pack codes int8 ``[out, in]`` with scale and shift float16 ``[out, groups]``."""
-        out_features, in_features = codes.shape
-        with torch.device("meta"):
-            new = cls(
-                in_features,
-                out_features,
-                bias=False,
-                group_size=group_size,
-                shift=shift is not None,
-            )
-        new.weight = packing.pack_base3(codes)
-        new.weight_scale, new.weight_shift, new.bias = scale, shift, bias
-        return new
-
-    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes int8 ``[out, in]``, scale and shift float16 ``[out, groups]``."""
-        codes = packing.unpack_base3(self.weight, self.in_features)
-        return codes, self.weight_scale, self.weight_shift
-
-    def dequantized(self) -> Tensor:
-        """The weight, float32 ``[out, in]``."""
-        return ternary.dequantize(*self.unpacked(), self.group_size)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.dequantized().to(input.dtype), self.bias)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, group_size={self.group_size}"
+def packed_linear(weight: ternary.TernaryWeight, bias: nn.Parameter | None = None) -> PackedLinear:
+    """A packed layer of these numbers."""
+    out_features, in_features = weight.codes.shape
+    with torch.device("meta"):
+        new = PackedLinear(
+            in_features,
+            out_features,
+            bias=False,
+            group_size=weight.group_size,
+            shift=weight.shift is not None,
         )
+    new.weight = packing.pack_base3(weight.codes)
+    new.weight_scale, new.weight_shift, new.bias = weight.scale, weight.shift, bias
+    return new
 
 
 Ternary = TernaryLinear | PackedLinear
@@ -193,23 +143,10 @@ class Selection:
     dense: list[Dense] = field(default_factory=list)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A plain linear layer, or GPT-2's ``Conv1D`` (a linear layer stored transposed)."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as ``[out, in]``."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.detach() if isinstance(layer, nn.Linear) else weight.detach().t().contiguous()
-
-
-def features(layer: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of a linear layer, also of one on the meta device."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)  # is_linear saw to it
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -168,6 +168,19 @@ TimeLimit = Annotated[
     ),
 ]
 Plan = Annotated[bool, option("--plan", help="Check everything, say what would be done.")]
+Documents = Annotated[
+    Any,
+    option(
+        "--limit",
+        parser=limit_of,
+        metavar="N|all",
+        help="Documents per task; N marks results partial.",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    option("--data-dir", metavar="DIR", help="Folder laid out as the hub, instead of it."),
+]
 Resume = Annotated[
     bool | None,
     option(
@@ -183,6 +196,14 @@ Preset = Annotated[
 ]
 KeepDtype = Annotated[
     bool, option("--keep-dtype", hidden=True, help="Do not store float32 tensors as bfloat16.")
+]
+Embeddings = Annotated[
+    Literal["keep", "int8"],
+    option(
+        "--embeddings",
+        metavar="keep|int8",
+        help="Embeddings and output head: as they are, or 8 bits a weight.",
+    ),
 ]
 Teacher = Annotated[
     str | None,

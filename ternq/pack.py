@@ -1,146 +1,220 @@
-"""Ternary weights to a packed artefact, proved by `ternq.proof` before it is published.
+"""Ternary weights to a packed artefact, or to another program's format, proved before published.
 
-The file format is specified in docs/format.md. Codes are packed from integers, never from the
-output of the straight-through estimator, which leaves the grid in floating point.
+A model that is ternary comes in as a `Source`, from wherever it is; ternq's own format is written
+by `ternq.artefact` and proved by `ternq.proof`, others by `ternq.formats`.
 """
 
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing
-from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
+from ternq import artefact, checkpoint, formats, hf, intake, proof
+from ternq.card import card
+from ternq.errors import InputError, RecipeError, ResourceError
+from ternq.formats import Options
 from ternq.hf import Loaded
-from ternq.linear import (
-    Dense,
-    decoder_blocks,
-    dense_parts,
-    is_linear,
-    packed_layers,
-    ternary_layers,
-)
+from ternq.linear import Dense, decoder_blocks, dense_parts, packed_layers
+from ternq.modeling_ternq import is_linear
 from ternq.progress import Event, Progress, ignore
-from ternq.proof import exported, prove, stored_names, verify
-from ternq.weights import stored_dtype, weights_summary
+from ternq.source import Source, of_model
+from ternq.weights import stored_dtype
 
-__all__ = ["pack", "stored_dtype", "stored_tensors", "verify"]
+__all__ = ["Options", "pack", "verify"]
 
-CARD = """\
----
-library_name: transformers
-tags: [ternq, ternary]
----
-Load it with `import ternq` (`pip install ternq`), then transformers as usual:
-
-```python
-import ternq
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-{name}: {coverage:.1%} of the weights are ternary (scale * code{shift}, groups of {group_size}), at
-{bpw_linear:.2f} bits each; the whole file has {bpw_total:.2f} bits a weight. `ternq pack --verify`
-checks the files. Without ternq, loading fails; do not pass `ignore_mismatched_sizes=True`, which
-would replace the packed layers by random ones.
-"""
+Measure = Callable[[Path], Mapping[str, Any]]
+"""What is measured of a new artefact before it is published; goes into its card and the result."""
 
 
 def pack(
     model: str | Loaded,
     out: Path,
     *,
+    format: str = "ternq",
+    embeddings: str = "keep",
+    group_size: int | None = None,
+    skip: tuple[str, ...] = (),
+    options: Options | None = None,
     overwrite: bool = False,
     keep_dtype: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = ignore,
     extra: Mapping[str, Any] | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
-    """Write a trained ternary model as a packed artefact at ``out``; returns the contract's fields.
+    """Write a ternary model as an artefact at ``out``; returns the contract's fields.
 
-    ``extra`` goes into the manifest. Before the folder gets its name it is loaded again and
-    compared to the student: codes, scales, shifts and all other tensors to the bit, and logits.
+    ``model`` is a run, an artefact, a checkpoint that is ternary by value, or a model in memory.
+    ``extra`` goes into the manifest. Before the folder gets its name it is read again and compared:
+    every tensor to the bit; of a model that fits, also the logits.
 
     Raises:
-        InputError: the model is not a ternary one in training.
-        RecipeError: ``out`` exists, or is the model itself.
+        InputError: the model is not ternary.
+        RecipeError: ``out`` exists, or is the model itself; or a format that cannot hold it.
         ResourceError: no room, or no permission.
-        VerificationError: what was written is not what was trained; nothing is published.
+        VerificationError: what was written is not what was given; nothing is published.
     """
     checkpoint.check_output(out, overwrite)
+    options = options or Options()
+    with _opened(model, group_size, skip, offline, trust_remote_code, progress) as source:
+        _refuse_input(model, out)
+        _check_room(source, format, out)
+        with checkpoint.staging(out, overwrite) as staged:
+            if format == "ternq":
+                made = _ternq(source, staged, embeddings, keep_dtype, options.exact, progress)
+            else:
+                made = _foreign(source, staged, format, options, progress)
+            made |= measure(staged) if measure else {}
+            about = {**source.about, **made, **(extra or {})}
+            text = card(out.name, source, about)
+            (staged / "README.md").write_text(text, encoding="utf-8")
+            kept = {k: v for k, v in about.items() if k not in ("notes", "dense_layers")}
+            name = checkpoint.MANIFEST if format == "ternq" else checkpoint.EXPORT_MANIFEST
+            manifest = checkpoint.write_manifest(staged, kept, name)
+    return {"out": str(out), "files": manifest["files"], **made}
+
+
+def verify(
+    folder: Path,
+    model: str | None = None,
+    *,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = ignore,
+) -> dict[str, Any]:
+    """Check an artefact, and with ``model`` that it is what that run or checkpoint holds.
+
+    Raises what `ternq.proof.verify` raises.
+    """
+    if (folder / checkpoint.EXPORT_MANIFEST).is_file():
+        if model is not None:
+            raise RecipeError(
+                f"'{folder}' is an export; only a ternq artefact is compared with its model.",
+                "Leave MODEL out to check its files.",
+            )
+        manifest = checkpoint.verify_files(folder, checkpoint.EXPORT_MANIFEST)
+        kept = {key: manifest[key] for key in ("format", "weights", "files", "verify")}
+        return kept | {"notes": ["The SHA-256 of every file; the format's reader was not run."]}
+    if model is None:
+        return proof.verify(folder, progress=progress)
+    with _opened(model, None, (), offline, trust_remote_code, progress) as source:
+        return proof.verify(folder, source, progress=progress)
+
+
+@contextmanager
+def _opened(
+    model: str | Loaded,
+    group_size: int | None,
+    skip: tuple[str, ...],
+    offline: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Iterator[Source]:
     if isinstance(model, str):
-        model = hf.load(model, offline=offline, trust_remote_code=trust_remote_code)
-    _check_input(model, out)
-    dtype = stored_dtype(model.dtype, keep_dtype)
-    note = _dtype_note(model.dtype, dtype)
+        with intake.opened(
+            model,
+            group_size=group_size,
+            skip=skip,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ) as source:
+            yield source
+        return
+    if packed_layers(model.model):
+        raise InputError(f"'{model.source}' is packed already.", "Name its folder.")
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_base(model, Path(folder))
+        yield of_model(model, Path(folder))
+
+
+def _ternq(
+    source: Source,
+    folder: Path,
+    embeddings: str,
+    keep_dtype: bool,
+    exact: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write and prove ternq's own format; what is said of it."""
+    dtype = stored_dtype(source.dtype, keep_dtype)
+    note = _dtype_note(source.dtype, dtype)
     if note:
         progress(Event("pack", note))
-    tensors = stored_tensors(model.model, dtype, progress)
-    _check_room(sum(tensor.nbytes for tensor in tensors.values()), out)
-    weights = weights_summary(model.model, dtype)
-    with checkpoint.staging(out, overwrite) as staged, _evaluating(model.model):
-        _write(model, staged, out.name, tensors, weights, dtype)
-        verified = prove(model.model, staged, tensors, progress)
-        about = {"format": "ternq", "weights": weights, "verify": verified, **_recipe(model)}
-        manifest = checkpoint.write_manifest(staged, {**about, **(extra or {})})
+    with torch.no_grad():
+        written = artefact.write(source, folder, dtype, embeddings == "int8", progress)
+        _refuse_rounding(source, exact)
+        verified = proof.prove(source, folder, written, progress)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    weights = written.tally.summary()
     return {
-        "out": str(out),
         "format": "ternq",
-        "weights": weights,
-        "files": manifest["files"],
-        "verify": verified,
-        "dense_layers": [vars(d) for d in _dense(model.model)],
+        "weights": weights | {"bpw_file": 8 * size / weights["parameters"]},
+        "verify": verified | {"rounded": source.rounded, "int8_error": written.int8_errors},
+        "dense_layers": [vars(d) for d in _dense(source)],
         "dtype_note": note,
+        "notes": list(source.notes),
     }
 
 
-def stored_tensors(
-    model: nn.Module, dtype: torch.dtype, progress: Progress = ignore
-) -> dict[str, Tensor]:
-    """The tensors as the file holds them: layers packed, other parameters in ``dtype``, ties once.
+def _foreign(
+    source: Source, folder: Path, format: str, options: Options, progress: Progress
+) -> dict[str, Any]:
+    """Write another program's format, which its module proves; what is said of it."""
+    exported = formats.function(format)(source, folder, options, progress)
+    _refuse_rounding(source, options.exact)
+    linear = sum(columns * rows for columns, rows in map(source.size, source.modules))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {
+        "format": format,
+        "encoding": exported.encoding,
+        "weights": {
+            "coverage": linear / source.parameters,
+            "bpw_linear": exported.bits / linear,
+            "bpw_file": 8 * size / source.parameters,
+            "bytes": size,
+            "bytes_dense_bf16": 2 * source.parameters,
+            "parameters": source.parameters,
+        },
+        "verify": {
+            "checked": exported.checked,
+            "max_abs_logit_diff": None,
+            "ok": True,
+            "reader": exported.reader,
+            "rounded": source.rounded | exported.rounded,
+            "lost": exported.lost,
+        },
+        "dense_layers": [vars(d) for d in _dense(source)],
+        "notes": [*source.notes, *exported.notes],
+    }
 
-    Raises:
-        VerificationError: a value that its type in the file cannot hold.
-    """
-    layers, parameters = ternary_layers(model), {n for n, _ in model.named_parameters()}
-    packed = stored_names(layers)
-    tensors = {}
-    for name, tensor in hf.unique_state(model).items():
-        if name not in packed:
-            tensors[name] = _converted(name, tensor, dtype if name in parameters else tensor.dtype)
-    for done, (name, layer) in enumerate(layers.items(), 1):
-        codes, scale, shift = exported(name, layer)
-        tensors[f"{name}.weight"] = packing.pack_base3(codes)
-        tensors[f"{name}.weight_scale"] = scale
-        if shift is not None:
-            tensors[f"{name}.weight_shift"] = shift
-        progress(Event("pack", done=done, total=len(layers)))
-    return tensors
 
-
-def _check_input(model: Loaded, out: Path) -> None:
-    if packed_layers(model.model):
-        raise InputError(
-            f"'{model.source}' is packed already.",
-            f"`ternq pack --verify {model.source}` checks it.",
+def _refuse_rounding(source: Source, exact: bool) -> None:
+    if exact and source.rounded:
+        name, error = max(source.rounded.items(), key=lambda item: item[1])
+        raise RecipeError(
+            f"--exact: float16 does not hold the scales of {len(source.rounded)} layers, such as "
+            f"{name} (error {error:.2g} of the scale).",
+            "Leave --exact out to allow this one rounding.",
         )
-    if not ternary_layers(model.model):
-        raise InputError(
-            f"'{model.source}' is not ternary, so there is nothing to pack.",
-            f"Make it ternary first: ternq ternarize {model.source}",
-        )
-    where = None if model.path is None else model.path.resolve()
+
+
+def _refuse_input(model: str | Loaded, out: Path) -> None:
+    path = hf.local_path(model) if isinstance(model, str) else model.path
+    where = None if path is None else path.resolve()
     if where is not None and out.resolve() in [where, *where.parents]:
         raise RecipeError(f"{out} holds the model itself.", "Choose another name with -o.")
 
 
-def _check_room(size: int, out: Path) -> None:
+def _check_room(source: Source, format: str, out: Path) -> None:
+    """`ResourceError` if the disk has no room for the output, about."""
+    bits = {"ternq": 1.6 + 32 / source.group_size, "dense": 16}.get(format, 5)
+    linear = sum(columns * rows for columns, rows in map(source.size, source.modules))
+    size = int(bits * linear / 8 + 2 * (source.parameters - linear))
     free = checkpoint.free_disk(out)
     if size > free:
         raise ResourceError(
@@ -158,70 +232,10 @@ def _dtype_note(of_model: torch.dtype, stored: torch.dtype) -> str | None:
     )
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradient; the model's mode is as before afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    new = tensor.to(dtype)
-    if bool((tensor.isfinite() & ~new.isfinite()).any()):
-        raise VerificationError(
-            f"{name} has values that {checkpoint.dtype_name(dtype)} cannot hold.",
-            "Start from a float32 or bfloat16 checkpoint.",
-        )
-    return new
-
-
-def _write(
-    model: Loaded,
-    folder: Path,
-    name: str,
-    tensors: dict[str, Tensor],
-    weights: dict[str, Any],
-    dtype: torch.dtype,
-) -> None:
-    """Everything but the manifest: configuration, tokenizer, tensors, card."""
-    layers = ternary_layers(model.model)
-    layer = next(iter(layers.values()))
-    hf.save_base(model, folder)
-    config = checkpoint.read_json(folder / "config.json")
-    config.setdefault("architectures", [type(model.model).__name__])
-    config["dtype"] = checkpoint.dtype_name(dtype)
-    config["quantization_config"] = {
-        "quant_method": "ternq",
-        "format_version": checkpoint.FORMAT_VERSION,
-        "codec": "base3",
-        "group_size": layer.group_size,
-        "shift": layer.weight_shift is not None,
-        "modules": list(layers),
-    }
-    checkpoint.write_json(folder / "config.json", config)
-    checkpoint.save_sharded(tensors, folder)
-    shift = " + shift" if layer.weight_shift is not None else ""
-    card = CARD.format(name=name, shift=shift, group_size=layer.group_size, **weights)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _recipe(model: Loaded) -> dict[str, Any]:
-    """How a run was made, if the model comes from one."""
-    if model.kind != "run" or model.path is None:
-        return {}
-    run = checkpoint.read_json(model.path / hf.RUN_FILE)
-    return {"recipe": run["recipe"]} if "recipe" in run else {}
-
-
-def _dense(model: nn.Module) -> list[Dense]:
+def _dense(source: Source) -> list[Dense]:
     """What stays dense, and why; a linear layer inside the blocks was skipped."""
-    blocks = decoder_blocks(model)[0] + "."
-    skipped = {n for n, m in model.named_modules() if is_linear(m) and n.startswith(blocks)}
-    return list(dense_parts(model, set(ternary_layers(model)), skipped))
+    blocks = decoder_blocks(source.skeleton)[0] + "."
+    inside = {n for n, m in source.skeleton.named_modules() if is_linear(m)}
+    ternary = set(source.modules)
+    skipped = {n for n in inside - ternary if n.startswith(blocks)}
+    return list(dense_parts(source.skeleton, ternary, skipped))

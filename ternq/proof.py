@@ -1,11 +1,12 @@
 """What is in the file is what was trained: proof of a new artefact, check of any artefact.
 
-A new one is loaded again and compared to the student: codes, scales, shifts and all other tensors
-to the bit; then logits, against a dense model of the stored values (other code computes the same)
-and against the student (what rounding for the file costs).
+Both read the folder tensor by tensor, so that a model of any size passes. A small one is also
+loaded, as a user would load it, and its logits compared: with a dense model of the same values
+(other code computes the same), and with the model it was made from (what rounding for the file
+costs).
 """
 
-import copy
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,210 +15,267 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing, ternary
+from ternq import checkpoint, hf, packing
+from ternq.artefact import Written
 from ternq.errors import InputError, TernqError, VerificationError
-from ternq.hf import Loaded
-from ternq.linear import PackedLinear, TernaryLinear, packed_layers, ternary_layers
+from ternq.linear import packed_layers
 from ternq.progress import Event, Progress, ignore
-from ternq.weights import weights_summary
+from ternq.source import Source, open_artefact
+from ternq.ternary import TernaryWeight
+from ternq.weights import Tally, embeddings
+from ternq.writer import tensor_bytes
 
 ROUNDED_TOLERANCE = 1e-4  # of the largest logit: the file against its own rounding, other kernels
 TRAINED_TOLERANCE = 0.02  # of the logits' standard deviation, root mean square: what rounding costs
+INT8_TOLERANCE = 0.1  # the same, where embeddings and output head have become int8
+LARGEST_LOADED = 200_000_000  # parameters; a larger model is compared tensor by tensor alone
 _SIZE = re.compile("size|^num_|^n_|dim|positions")
 _LAYERS = re.compile("(num|n)_(hidden_|decoder_)?layers?")
 _LARGEST_SIZE = 2**31  # of any dimension that a configuration names
 _PROBE = (2, 64)  # rows and tokens of the text that logits are compared on
 
 
-def prove(
-    student: nn.Module, folder: Path, tensors: dict[str, Tensor], progress: Progress
-) -> dict[str, Any]:
-    """Load what was written and compare it to the student; VerificationError if it differs."""
-    progress(Event("verify", "loading what was written"))
-    again = _reload(folder).model.to(next(student.parameters()).device)
-    constant = _compare_layers(student, again, progress)
-    _compare_others(again, tensors)
-    difference = _compare_logits(student, again, tensors)
+def prove(source: Source, folder: Path, written: Written, progress: Progress) -> dict[str, Any]:
+    """Read what was written and compare it with what was given: the contract's ``verify``.
+
+    Raises:
+        VerificationError: something differs.
+    """
+    progress(Event("verify", "Reading what was written"))
+    _check_structure(folder)
+    tensors = checkpoint.TensorFolder(folder)
+    if set(tensors) != set(written.digests):
+        raise VerificationError("The artefact has other tensors than were written.")
+    for name, digest in written.digests.items():
+        if hashlib.sha256(tensor_bytes(tensors[name])).digest() != digest:
+            raise VerificationError(f"{name} is not in the file what was stored.")
     return {
-        "checked": len(packed_layers(again)),
-        "max_abs_logit_diff": difference,
+        "checked": len(source.modules),
+        "max_abs_logit_diff": _compare_logits(source, folder, written, progress),
         "ok": True,
-        "constant_rows": constant,
+        "constant_rows": written.constant_rows,
     }
 
 
-def verify(folder: Path, *, progress: Progress = ignore) -> dict[str, Any]:
+def verify(
+    folder: Path, against: Source | None = None, *, progress: Progress = ignore
+) -> dict[str, Any]:
     """Check an artefact: manifest, hashes, and that every packed tensor is one that `pack` writes.
 
-    Returns the contract's ``format``, ``weights``, ``files`` and ``verify``.
+    With ``against``, also that every row of it is that of the model it was made from. Returns the
+    contract's ``format``, ``weights``, ``files`` and ``verify``.
 
     Raises:
         InputError: ``folder`` is no ternq artefact, or of a later format.
         VerificationError: it is damaged; the message names the file or the layer.
     """
     manifest = checkpoint.verify_files(folder)
-    names = set(checkpoint.TensorFolder(folder))
-    _check_config(folder, len(names))
-    loaded = _reload(folder)
-    layers = packed_layers(loaded.model)
-    unused = names - set(loaded.model.state_dict())
-    if unused or not layers:
-        what = f"holds a tensor that its model lacks: {min(unused)}" if unused else "packs no layer"
-        raise VerificationError(f"{folder} {what}.")
-    for done, (name, layer) in enumerate(layers.items(), 1):
-        _check_layer(name, layer)
-        progress(Event("verify", done=done, total=len(layers)))
+    try:
+        _check_structure(folder)
+        source = open_artefact(folder)
+        tally = _check_values(source, folder, against, progress)
+        if source.parameters <= LARGEST_LOADED:
+            hf.load(str(folder), dtype=torch.float32, offline=True)
+    except InputError as error:
+        raise VerificationError(error.message, error.hint) from error
     return {
         "format": "ternq",
-        "weights": weights_summary(loaded.model, loaded.dtype),
+        "weights": tally.summary(),
         "files": manifest["files"],
-        "verify": {"checked": len(layers), "max_abs_logit_diff": None, "ok": True},
+        "verify": {"checked": len(source.modules), "max_abs_logit_diff": None, "ok": True},
+        "notes": _verified_notes(source, against),
     }
 
 
-def stored_names(layers: Mapping[str, nn.Module]) -> set[str]:
-    """The names in the file of codes, scales and shifts of the given layers."""
-    return {f"{n}.{part}" for n in layers for part in ("weight", "weight_scale", "weight_shift")}
+def _verified_notes(source: Source, against: Source | None) -> list[str]:
+    notes = []
+    if against is not None:
+        notes.append(f"Every row is that of {against.name}.")
+    if source.parameters > LARGEST_LOADED:
+        notes.append("The model is large: its tensors were checked, it was not run.")
+    return notes
 
 
-def exported(name: str, layer: TernaryLinear) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `TernaryLinear.exported` gives; values beyond float16 are a `VerificationError`."""
+def _check_values(
+    source: Source, folder: Path, against: Source | None, progress: Progress
+) -> Tally:
+    """Codes in range, values in the one stored form, everything finite; and equal to the source."""
+    if against is not None:
+        _check_same_layers(source, against)
+    tally, tensors = Tally(), checkpoint.TensorFolder(folder)
+    for done, (name, weight) in enumerate(source.layers(), 1):
+        try:
+            form = weight.canonical()
+        except ValueError as error:
+            raise VerificationError(f"Layer {name}: {error}.") from error
+        if not form.same(weight):
+            raise VerificationError(f"Layer {name} is not in the stored form (docs/format.md).")
+        if against is not None and not (other := against.layer(name)).same(weight):
+            rows = _different_rows(weight.dequantized(), other.dequantized())
+            raise VerificationError(f"Layer {name} is not that of {against.name}: {rows}.")
+        tally.add_layer(weight.codes, weight.group_size, weight.shift is not None)
+        progress(Event("verify", done=done, total=len(source.modules)))
+    tables = {f"{name}.weight" for name in embeddings(source.skeleton)}
+    for name, (dtype, shape) in source.others.items():
+        stored = _check_dense(name, tensors)
+        if dtype.is_floating_point:
+            count = torch.Size(shape).numel()
+            tally.add_dense(count, 8 * stored, embedding=name in tables)
+    return tally
+
+
+def _check_dense(name: str, tensors: checkpoint.TensorFolder) -> int:
+    """A tensor that is not ternary: finite, and int8 rows in their range; returns its bytes."""
+    tensor = tensors[name]
+    stored = tensor.nbytes
+    if tensor.dtype == torch.int8:
+        scale = tensors[f"{name}_scale"]
+        stored += scale.nbytes
+        if bool((tensor == -128).any()) or not bool((scale >= 0).all()):
+            raise VerificationError(f"{name} is not in the stored form (docs/format.md).")
+        tensor = scale
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise VerificationError(f"{name} has values that are NaN or infinite.")
+    return stored
+
+
+def _check_same_layers(source: Source, against: Source) -> None:
+    if source.modules != against.modules or source.group_size != against.group_size:
+        raise VerificationError(f"The artefact has other ternary layers than {against.name}.")
+
+
+def _different_rows(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape:
+        return f"{[*a.shape]} here, {[*b.shape]} there"
+    rows = (a != b).any(1).nonzero().flatten().tolist()
+    if not rows:
+        return "the values agree, their codes, scales or shifts do not"
+    return f"{len(rows)} of its {len(a)} rows differ, the first is row {rows[0]}"
+
+
+def _check_structure(folder: Path) -> None:
+    """Refuse tensors that are not those of the configuration, before any is read.
+
+    Raises:
+        VerificationError: names, types or shapes differ, or sizes that no such file has.
+    """
     try:
-        codes, scale, shift = layer.exported()
-    except ValueError as error:
-        raise VerificationError(f"Layer {name} cannot be stored: {error}.") from error
-    if shift is not None and not bool(shift.isfinite().all()):
-        raise VerificationError(f"Layer {name} cannot be stored: a shift is beyond float16.")
-    return codes, scale, shift
+        tensors = checkpoint.TensorFolder(folder)
+        _check_config(folder, len(list(tensors)))
+        model = hf.skeleton(folder, hf.packed_config(folder))
+    except InputError as error:
+        raise VerificationError(error.message, error.hint) from error
+    if not packed_layers(model):
+        raise VerificationError(f"{folder} packs no layer.")
+    state = model.state_dict()
+    parameters = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    for name in tensors:
+        if name not in state:
+            raise VerificationError(f"{folder} holds a tensor that its model lacks: {name}.")
+        expected = (state[name].dtype, tuple(state[name].shape))
+        found = (tensors.dtypes[name], tensors.shapes[name])
+        same_type = found[0] == expected[0] or (name in parameters and found[0].is_floating_point)
+        if found[1] != expected[1] or not same_type:
+            raise VerificationError(
+                f"{tensors.path(name)}: {name} is {_said(*found)}; its configuration asks for "
+                f"{_said(*expected)}."
+            )
+    tied = getattr(model, "all_tied_weights_keys", {})
+    pairs = {**tied, **{source: target for target, source in tied.items()}}
+    for name in state:
+        if name not in tensors and pairs.get(name, "") not in tensors:
+            raise VerificationError(f"{folder} lacks the tensor {name}.")
 
 
-def _reload(folder: Path) -> Loaded:
-    """Load an artefact of ours in float32; what is wrong with it is a `VerificationError`."""
+def _said(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{checkpoint.dtype_name(dtype)} {'x'.join(map(str, shape))}"
+
+
+# --- logits ---------------------------------------------------------------------------------------
+
+
+def _compare_logits(
+    source: Source, folder: Path, written: Written, progress: Progress
+) -> float | None:
+    """Logits of the artefact against a dense model of the same values, and against the source.
+
+    One model at a time is in memory. Returns the largest absolute difference to the source, None
+    where that cannot be run here.
+    """
+    if source.parameters > LARGEST_LOADED:
+        source.notes.append("The model is large: its tensors were compared, its logits were not.")
+        return None
     try:
-        return hf.load(str(folder), dtype=torch.float32, offline=True)
+        again = hf.load(str(folder), dtype=torch.float32, offline=True).model
     except TernqError as error:
         raise VerificationError(f"The artefact cannot be loaded: {error.message}") from error
-
-
-def _compare_layers(student: nn.Module, again: nn.Module, progress: Progress) -> int:
-    """Codes, scales and shifts to the bit, for every layer; returns the count of constant rows."""
-    layers, packed = ternary_layers(student), packed_layers(again)
-    if list(layers) != list(packed):
-        raise VerificationError("The artefact has other ternary layers than the trained model.")
-    constant = 0
-    for done, (name, layer) in enumerate(layers.items(), 1):
-        if not all(map(_same, exported(name, layer), packed[name].unpacked())):
-            raise VerificationError(f"Layer {name} is not in the file what it was in training.")
-        constant += _constant_rows(name, layer, packed[name])
-        progress(Event("verify", done=done, total=len(layers)))
-    return constant
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _constant_rows(name: str, layer: TernaryLinear, packed: PackedLinear) -> int:
-    """Rows of equal weights in the file; one that varied in training is a VerificationError."""
-    trained = ternary.dequantize(
-        layer.codes(), layer.weight_scale, layer.weight_shift, layer.group_size
-    )
-    dead, was_dead = _flat_rows(packed.dequantized()), _flat_rows(trained)
-    lost = int((dead & ~was_dead).sum())
-    if lost:
-        raise VerificationError(
-            f"Layer {name}: float16 makes {lost} rows constant that vary in the trained model."
-        )
-    return int(dead.sum())
-
-
-def _flat_rows(weight: Tensor) -> Tensor:
-    return weight.amax(1) == weight.amin(1)
-
-
-def _compare_others(again: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """All tensors that are not ternary, against what was meant to be stored."""
-    state, packed = again.state_dict(), stored_names(packed_layers(again))
-    for name, tensor in tensors.items():
-        if name not in packed and not torch.equal(state[name], tensor.to(state[name].dtype)):
-            raise VerificationError(f"{name} is not in the file what was stored.")
-
-
-def _compare_logits(student: nn.Module, again: nn.Module, tensors: dict[str, Tensor]) -> float:
-    """Logits of the artefact against a dense model of the same values, and against the student.
-
-    Returns the largest absolute difference to the student.
-    """
-    ids = _probe(student)
-    packed, trained = _logits(again, ids), _logits(student, ids)
-    rounded = _logits(_rounded(student, tensors), ids)
+    ids = _probe(again)
+    packed, rounded = _logits(again, ids), _logits(_dense(again), ids)
+    del again
     if not _max_abs(packed - rounded) <= ROUNDED_TOLERANCE * _max_abs(rounded):
         raise VerificationError(
             f"The artefact's logits differ by {_max_abs(packed - rounded):.3g} from those of a "
             "dense model with the same weights."
         )
-    error, spread = float((packed - trained).square().mean().sqrt()), float(trained.std())
-    if not error <= TRAINED_TOLERANCE * spread + ROUNDED_TOLERANCE * _max_abs(trained):
+    if source.reload is None:
+        return None
+    trained = _logits(source.reload(), ids)
+    moved, spread = float((packed - trained).square().mean().sqrt()), float(trained.std())
+    allowed = INT8_TOLERANCE if written.int8_errors else TRAINED_TOLERANCE
+    if not moved <= allowed * spread + ROUNDED_TOLERANCE * _max_abs(trained):
+        hint = "Pass --keep-dtype if the model is float32."
+        if written.int8_errors:
+            hint = "Leave --embeddings int8 out."
         raise VerificationError(
-            f"Rounding for the file moves the logits by {error:.3g} (root mean square; their "
+            f"Rounding for the file moves the logits by {moved:.3g} (root mean square; their "
             f"standard deviation is {spread:.3g}).",
-            "Pass --keep-dtype if the model is float32.",
+            hint,
         )
     return _max_abs(packed - trained)
 
 
 def _probe(model: nn.Module) -> Tensor:
     """Token ids [rows, tokens], the same for every model of one vocabulary."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    rows, tokens = _PROBE
-    shape = (rows, min(tokens, hf.max_length(model)))
-    ids = torch.randint(embedding.num_embeddings, shape, generator=torch.Generator().manual_seed(0))
-    return ids.to(embedding.weight.device)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    shape = (_PROBE[0], min(_PROBE[1], hf.max_length(model)))
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
+@torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
+    """Float32 logits on the CPU; no dropout, and the model's mode is as before afterwards."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    model.train(training)
+    return logits.float().cpu()
 
 
 def _max_abs(values: Tensor) -> float:
     return float(values.abs().max())
 
 
-def _rounded(student: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A copy of the student with plain linear layers and the values that the file holds."""
-    memo: dict[int, Any] = {id(m): _plain(m) for m in ternary_layers(student).values()}
-    model = copy.deepcopy(student, memo)  # the plain layers take the place of the ternary ones
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    state, packed = model.state_dict(), stored_names(ternary_layers(student))
-    for name, tensor in tensors.items():
-        if name not in packed:
-            state[name].copy_(tensor)
-    return model.eval()
+def _dense(model: nn.Module) -> nn.Module:
+    """The same model with torch's own layers in the place of the packed ones."""
+    hf.undo_int8(model)
+    for name, layer in packed_layers(model).items():
+        codes = packing.unpack_base3(layer.weight, layer.in_features)
+        weight = TernaryWeight(codes, layer.weight_scale, layer.weight_shift, layer.group_size)
+        with torch.device("meta"):
+            plain: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        plain.weight, plain.bias = nn.Parameter(weight.dequantized()), layer.bias
+        model.set_submodule(name, plain)
+    return model
 
 
-def _plain(layer: TernaryLinear) -> nn.Linear:
-    with torch.device("meta"):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    plain.weight = nn.Parameter(ternary.dequantize(*layer.exported(), layer.group_size))
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.detach().clone())
-    return plain
+# --- configuration --------------------------------------------------------------------------------
 
 
 def _check_config(folder: Path, tensors: int) -> None:
     """Refuse sizes that no file of this many tensors has, before a model is built from them."""
-    try:
-        config = checkpoint.read_json(folder / "config.json")
-    except InputError as error:
-        raise VerificationError(error.message) from error
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "ternq":
-        raise VerificationError(f"{folder / 'config.json'} has no quantization_config of ternq.")
+    config = checkpoint.read_json(folder / "config.json")
+    hf.packed_config(folder)
     for name, value in _sizes(config):
         if not 0 <= value <= (tensors if _LAYERS.fullmatch(name) else _LARGEST_SIZE):
             raise VerificationError(
@@ -232,15 +290,3 @@ def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield from _sizes(value)
         elif type(value) is int and _SIZE.search(name):
             yield name, value
-
-
-def _check_layer(name: str, layer: PackedLinear) -> None:
-    """Bytes that decode, and values in the one stored form; VerificationError otherwise."""
-    scale, shift = layer.weight_scale, layer.weight_shift
-    try:
-        codes = packing.unpack_base3(layer.weight, layer.in_features, check=True)
-        form = ternary.canonical(codes, scale, shift, layer.group_size)
-    except ValueError as error:
-        raise VerificationError(f"Layer {name}: {error}.") from error
-    if not all(map(_same, form, (codes, scale, shift))):
-        raise VerificationError(f"Layer {name} is not in the stored form (docs/format.md).")

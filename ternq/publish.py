@@ -19,9 +19,11 @@ from ternq.errors import InputError, RecipeError, ResourceError, VerificationErr
 from ternq.files import existing_ancestor, plain_name, read_json, sha256, sync, write_json, writing
 
 MANIFEST = "ternq.json"
+EXPORT_MANIFEST = "ternq-export.json"  # of a folder in another program's format
 FORMAT_VERSION = 1
-# the files that mark a folder as an artefact or a run of ternq, and a key that each has
-_MADE_HERE = ((MANIFEST, "ternq_format"), ("run.json", "ternq_run"))
+_VERSION_KEYS = {MANIFEST: "ternq_format", EXPORT_MANIFEST: "ternq_export"}
+# the files that mark a folder as made by ternq, and a key that each has
+_MADE_HERE = (*_VERSION_KEYS.items(), ("run.json", "ternq_run"))
 
 
 def check_output(out: Path, overwrite: bool = False) -> None:
@@ -100,71 +102,77 @@ def newest_artefact(folder: Path) -> Path | None:
     return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
 
 
-def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write `ternq.json` with size and SHA-256 of every file of ``folder``; returns its content."""
+def write_manifest(
+    folder: Path, extra: Mapping[str, Any] | None = None, name: str = MANIFEST
+) -> dict[str, Any]:
+    """Write the manifest, with size and SHA-256 of every file of ``folder``; returns its content.
+
+    ``name`` is `EXPORT_MANIFEST` for a folder in another program's format.
+    """
     files = [
-        {"path": name, "bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in _files(folder)
+        {"path": file, "bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)}
+        for file in _files(folder, name)
     ]
-    for name in _files(folder):
-        sync(folder / name)
-    manifest = {**(extra or {}), "ternq_format": FORMAT_VERSION, "files": files}
-    write_json(folder / MANIFEST, manifest)
+    for file in _files(folder, name):
+        sync(folder / file)
+    manifest = {**(extra or {}), _VERSION_KEYS[name]: FORMAT_VERSION, "files": files}
+    write_json(folder / name, manifest)
     sync(folder)
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checked content of `ternq.json`.
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """The checked content of the manifest.
 
     Raises `InputError` if there is none or it is of a later format, `VerificationError` if it is
     damaged or names a path outside the folder.
     """
-    if not (folder / MANIFEST).is_file():
+    path = folder / name
+    if not path.is_file():
         raise InputError(
-            f"{folder} is not a ternq artefact: it has no {MANIFEST}.",
+            f"{folder} is not a ternq artefact: it has no {name}.",
             "`ternq ternarize MODEL` makes one.",
         )
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(path)
     except InputError as error:
         raise VerificationError(error.message, error.hint) from error
-    version = manifest.get("ternq_format")
+    version = manifest.get(_VERSION_KEYS[name])
     if type(version) is int and version > FORMAT_VERSION:
         raise InputError(
             f"{folder} has ternq format {version}; this program reads format {FORMAT_VERSION}.",
             "Install a newer ternq.",
         )
     if type(version) is not int or version != FORMAT_VERSION:
-        raise VerificationError(f"{folder / MANIFEST} names no format version.")
-    _check_entries(folder / MANIFEST, manifest.get("files"))
+        raise VerificationError(f"{path} names no format version.")
+    _check_entries(path, manifest.get("files"))
     return manifest
 
 
-def verify_files(folder: Path) -> dict[str, Any]:
+def verify_files(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """Check that the files of ``folder`` are those of its manifest, to the bit; returns it.
 
     Raises `VerificationError` naming the file that is missing, changed, or not listed. Names that
     begin with a dot are not looked at (hubs and file browsers add them).
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, name)
     listed = {entry["path"]: entry for entry in manifest["files"]}
-    for name in sorted(set(_files(folder)) - set(listed)):
-        raise VerificationError(f"{folder / name} is not listed in {MANIFEST}.")
-    for name, entry in listed.items():
-        path = folder / name
+    for file in sorted(set(_files(folder, name)) - set(listed)):
+        raise VerificationError(f"{folder / file} is not listed in {name}.")
+    for file, entry in listed.items():
+        path = folder / file
         if not path.is_file():
             raise VerificationError(f"{path} is missing.")
         if path.stat().st_size != entry["bytes"]:
             raise VerificationError(
-                f"{path} has {path.stat().st_size} bytes; {MANIFEST} says {entry['bytes']}."
+                f"{path} has {path.stat().st_size} bytes; {name} says {entry['bytes']}."
             )
         if sha256(path) != entry["sha256"]:
-            raise VerificationError(f"{path} has changed: its SHA-256 is not that of {MANIFEST}.")
+            raise VerificationError(f"{path} has changed: its SHA-256 is not that of {name}.")
     return manifest
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path, manifest: str) -> list[str]:
     """Relative names of the files to list, sorted; the manifest and dot names are left out."""
     names = []
     for root, folders, files in os.walk(folder):
@@ -172,7 +180,7 @@ def _files(folder: Path) -> list[str]:
         links = [f for f in folders if (Path(root) / f).is_symlink()]
         here = Path(root).relative_to(folder)
         names += [(here / f).as_posix() for f in files + links if not f.startswith(".")]
-    return sorted(name for name in names if name != MANIFEST)
+    return sorted(name for name in names if name != manifest)
 
 
 def _check_entries(path: Path, entries: Any) -> None:
@@ -187,7 +195,7 @@ def _check_entries(path: Path, entries: Any) -> None:
             raise VerificationError(f"{path} gives {name} an impossible size.")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise VerificationError(f"{path} gives {name} no SHA-256.")
-        if name in seen or name == MANIFEST:
+        if name in seen or name == path.name:
             raise VerificationError(f"{path} lists {name} where it may not.")
         seen.add(name)
 

@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ternq import checkpoint, hf
+from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
+from ternq.files import sha256
 from ternq.linear import ternary_layers
-from ternq.recipe import Recipe
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
 from ternq.train import CHECKPOINTS, METRICS
 
 REPORT = "report.json"
@@ -58,6 +60,7 @@ def refuse_input(out: Path, sources: list[str | None]) -> None:
 
 def begin(out: Path, recipe: Recipe, student: hf.Loaded, held_out: Tensor, data: list[str]) -> None:
     """Write what there is before the first step; ``run.json`` last."""
+    licence = None if student.path is None else hf.licence(student.path)
     with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         hf.save_base(student, out / hf.BASE_FOLDER)
@@ -67,7 +70,9 @@ def begin(out: Path, recipe: Recipe, student: hf.Loaded, held_out: Tensor, data:
         "modules": list(ternary_layers(student.model)),
         "dtype": str(student.dtype).removeprefix("torch."),
         "data": data,
+        "data_sha256": _hashes(data, recipe.model),
         "text_sha256": _digest(held_out),
+        "base_model": {"name": recipe.model, "license": licence},
     }
     checkpoint.write_json(out / hf.RUN_FILE, record)
 
@@ -101,6 +106,15 @@ def _foreign(path: Path) -> bool:
 def _leftover(path: Path) -> bool:
     """A file that a killed process was writing under a temporary name."""
     return path.is_file() and path.name.startswith((f".{hf.RUN_FILE}.", f".{OWN_TEXT_FILE}."))
+
+
+def _hashes(data: list[str], model: str) -> dict[str, str]:
+    """SHA-256 of every local file that is trained on, by name."""
+    names = [name for name, _ in parse_mix(data)]
+    paths = [Path(name).expanduser() for name in names]
+    paths += [DEMO_FOLDER / "train.jsonl.xz"] if model == DEMO and not data else []
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    return {file.name: sha256(file) for file in files if file.is_file()}
 
 
 def _digest(ids: Tensor) -> str:

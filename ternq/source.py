@@ -2,22 +2,29 @@
 
 Nothing here holds more than one tensor, so that a model of any size passes through. A source knows
 which layers are ternary and gives each as numbers (`TernaryWeight`); every other tensor is given as
-stored. Where the numbers come from (a run, an artefact, a dense checkpoint that is ternary by
-value) only its opener knows.
+stored. Where the numbers come from only its opener knows: a model in memory, a run and an artefact
+here, what others made in `ternq.intake`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing
-from ternq.linear import features
-from ternq.proof import stored_names
+from ternq import checkpoint, hf, packing, ternary
+from ternq.errors import InputError, VerificationError
+from ternq.hf import Loaded
+from ternq.linear import TernaryLinear, ternary_layers
+from ternq.modeling_ternq import features
+from ternq.recipe import Recipe, display_name
 from ternq.ternary import TernaryWeight
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+_KEPT = ("recipe", "base_model", "data", "data_sha256", "text_sha256", "student", "results")
 
 
 @dataclass(frozen=True)
@@ -25,58 +32,227 @@ class Source:
     """A ternary model, layer by layer.
 
     ``config`` is the model's ``config.json`` without ``quantization_config``; ``base`` the folder
-    that holds tokenizer and generation settings. ``modules`` are the names of the ternary linear
-    layers, ``others`` the names of all other tensors, in the model's order; ``transposed`` the
-    layers that the model holds as ``[in, out]`` (GPT-2's ``Conv1D``). ``dtype`` is that of the
-    dense tensors. Tied tensors stand under one name only.
+    with it, the tokenizer and the generation settings; ``skeleton`` the dense model of that
+    configuration, without memory. ``modules`` are the names of the ternary linear layers;
+    ``others`` has type and shape of all other tensors, tied ones under one name only. ``dtype`` is
+    that of the checkpoint's dense tensors.
+
+    While layers are read, ``rounded`` collects those whose values float16 could not hold, with the
+    largest error in units of the scale. ``reload`` gives the model itself for a comparison of
+    logits; None where it cannot be run. ``about`` goes into the manifest, ``notes`` are for the
+    user.
     """
 
     name: str
     base: Path
     config: Mapping[str, Any]
+    skeleton: Any
     modules: tuple[str, ...]
-    others: tuple[str, ...]
+    others: Mapping[str, Shape]
     group_size: int
     shift: bool
     dtype: torch.dtype
     layer: Callable[[str], TernaryWeight]
     tensor: Callable[[str], Tensor]
-    transposed: frozenset[str] = field(default_factory=frozenset)
+    reload: Callable[[], Any] | None = None
+    rounded: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def layers(self) -> Iterator[tuple[str, TernaryWeight]]:
         """Name and weight of every ternary layer."""
         return ((name, self.layer(name)) for name in self.modules)
 
+    def size(self, name: str) -> tuple[int, int]:
+        """``(in, out)`` of a ternary layer."""
+        return features(self.skeleton.get_submodule(name))
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Layers that the model holds as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+        layers = {name: self.skeleton.get_submodule(name) for name in self.modules}
+        return frozenset(n for n, layer in layers.items() if not isinstance(layer, nn.Linear))
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the dense model; tied ones count once."""
+        ternary = sum(in_ * out for in_, out in map(self.size, self.modules))
+        return ternary + sum(torch.Size(shape).numel() for _, shape in self.others.values())
+
+
+def of_model(loaded: Loaded, base: Path) -> Source:
+    """A model in memory whose layers are in training; ``base`` has its configuration and tokenizer.
+
+    Raises:
+        InputError: it has no ternary layer.
+    """
+    layers = ternary_layers(loaded.model)
+    if not layers:
+        raise not_ternary(loaded.source)
+    parts, state = stored_names(layers), hf.unique_state(loaded.model)
+    others = {name: tensor for name, tensor in state.items() if name not in parts}
+    first = next(iter(layers.values()))
+    return Source(
+        name=loaded.name,
+        base=base,
+        config=_model_config(base),
+        skeleton=hf.skeleton(base),
+        modules=tuple(layers),
+        others={name: (t.dtype, tuple(t.shape)) for name, t in others.items()},
+        group_size=first.group_size,
+        shift=first.weight_shift is not None,
+        dtype=loaded.dtype,
+        layer=lambda name: _of_layer(name, layers[name]),
+        tensor=others.__getitem__,
+        reload=lambda: loaded.model,
+        about=_recipe(loaded.path) if loaded.kind == "run" else {},
+    )
+
+
+def open_run(folder: Path) -> Source:
+    """A finished run of ``ternq distill``.
+
+    Raises:
+        InputError: it is not finished, or damaged.
+    """
+    hf.refuse_unfinished(folder)
+    run = hf.read_run(folder)
+    scheme = Recipe.from_json(run["recipe"]).scheme
+    tensors = checkpoint.TensorFolder(folder, hf.STUDENT_FILE)
+    parts = stored_names(run["modules"])
+
+    def layer(name: str) -> TernaryWeight:
+        codes = ternary.quantize(tensors[f"{name}.weight"], scheme.group_size)
+        shift = tensors[f"{name}.weight_shift"] if scheme.shift else None
+        return _stored(name, codes, tensors[f"{name}.weight_scale"], shift, scheme.group_size)
+
+    return Source(
+        name=display_name(run["recipe"]["model"]),
+        base=folder / hf.BASE_FOLDER,
+        config=_model_config(folder / hf.BASE_FOLDER),
+        skeleton=hf.skeleton(folder / hf.BASE_FOLDER),
+        modules=tuple(run["modules"]),
+        others=_shapes(tensors, parts),
+        group_size=scheme.group_size,
+        shift=scheme.shift,
+        dtype=getattr(torch, run["dtype"]),
+        layer=layer,
+        tensor=tensors.__getitem__,
+        reload=lambda: hf.load(str(folder), offline=True).model,
+        about=_recipe(folder),
+    )
+
 
 def open_artefact(folder: Path) -> Source:
-    """An artefact of ``ternq pack``.
+    """An artefact of ``ternq pack``; embeddings that are int8 there are given as float32.
 
     Raises:
         InputError, VerificationError: it is none, or damaged.
     """
+    manifest = checkpoint.read_manifest(folder)
+    config = hf.packed_config(folder)
+    skeleton = hf.skeleton(folder)
     tensors = checkpoint.TensorFolder(folder)
-    config = checkpoint.read_json(folder / "config.json")
-    scheme = config.pop("quantization_config")
-    model = hf.skeleton(folder)
-    linears = {name: model.get_submodule(name) for name in scheme["modules"]}
-    parts = stored_names(linears)
+    parts = stored_names(config.modules)
+    int8 = {f"{name}.weight" for name in config.int8_modules}
+    scales = {f"{name}_scale" for name in int8}
 
     def layer(name: str) -> TernaryWeight:
-        scale = tensors[f"{name}.weight_scale"]
-        shift = tensors[f"{name}.weight_shift"] if scheme["shift"] else None
-        codes = packing.unpack_base3(tensors[f"{name}.weight"], features(linears[name])[0])
-        return TernaryWeight(codes, scale, shift, scheme["group_size"])
+        columns = features(skeleton.get_submodule(name))[0]
+        shift = tensors[f"{name}.weight_shift"] if config.shift else None
+        try:
+            codes = packing.unpack_base3(tensors[f"{name}.weight"], columns, check=True)
+        except ValueError as error:
+            raise VerificationError(f"Layer {name}: {error}.") from error
+        return TernaryWeight(codes, tensors[f"{name}.weight_scale"], shift, config.group_size)
 
+    def tensor(name: str) -> Tensor:
+        if name in int8:
+            return tensors[name].float() * tensors[f"{name}_scale"].float().unsqueeze(1)
+        return tensors[name]
+
+    others = _shapes(tensors, parts | scales)
+    others |= {n: (torch.float32, others[n][1]) for n in int8 & set(others)}
+    plain = _model_config(folder)
     return Source(
-        name=folder.name,
+        name=folder.resolve().name,
         base=folder,
-        config=config,
-        modules=tuple(linears),
-        others=tuple(name for name in tensors if name not in parts),
-        group_size=scheme["group_size"],
-        shift=scheme["shift"],
-        dtype=getattr(torch, config.get("dtype", "bfloat16")),
+        config=plain,
+        skeleton=skeleton,
+        modules=tuple(config.modules),
+        others=others,
+        group_size=config.group_size,
+        shift=config.shift,
+        dtype=getattr(torch, str(plain.get("dtype", "bfloat16")).removeprefix("torch.")),
         layer=layer,
-        tensor=tensors.__getitem__,
-        transposed=frozenset(n for n, m in linears.items() if not isinstance(m, nn.Linear)),
+        tensor=tensor,
+        reload=lambda: hf.load(str(folder), dtype=torch.float32, offline=True).model,
+        about={k: manifest[k] for k in _KEPT if k in manifest},
     )
+
+
+def stored_names(modules: Any) -> set[str]:
+    """The names in a file of codes, scales and shifts of the given layers."""
+    return {f"{n}.{part}" for n in modules for part in ("weight", "weight_scale", "weight_shift")}
+
+
+def not_ternary(model: str) -> InputError:
+    """What is said of a model that has no ternary layer."""
+    return InputError(
+        f"'{model}' is not ternary, so there is nothing to pack.",
+        f"Make it ternary first: ternq ternarize {model}",
+    )
+
+
+def _of_layer(name: str, layer: TernaryLinear) -> TernaryWeight:
+    return _stored(name, layer.codes(), layer.weight_scale, layer.weight_shift, layer.group_size)
+
+
+def _stored(
+    name: str, codes: Tensor, scale: Tensor, shift: Tensor | None, group_size: int
+) -> TernaryWeight:
+    """The stored form of a trained layer.
+
+    Raises:
+        VerificationError: a value is beyond float16, or a row of varying weights becomes constant.
+    """
+    try:
+        weight = TernaryWeight(codes, scale, shift, group_size).canonical()
+    except ValueError as error:
+        raise VerificationError(f"Layer {name} cannot be stored: {error}.") from error
+    flat = constant_rows(weight)
+    some = partial(torch.index_select, dim=0, index=flat.nonzero().flatten())
+    own = (some(codes), some(scale), None if shift is None else some(shift))
+    trained = ternary.dequantize(*own, group_size)
+    lost = int((trained.amax(1) != trained.amin(1)).sum()) if len(trained) else 0
+    if lost:
+        raise VerificationError(
+            f"Layer {name}: float16 makes {lost} rows constant that vary in the trained model."
+        )
+    return weight
+
+
+def constant_rows(weight: TernaryWeight) -> Tensor:
+    """Which rows of a weight in the stored form hold one value only: bool ``[out]``."""
+    flat = (weight.scale == 0).all(1)
+    if weight.shift is not None:
+        flat &= (weight.shift == weight.shift[:, :1]).all(1)
+    return flat
+
+
+def _shapes(tensors: checkpoint.TensorFolder, parts: set[str]) -> dict[str, Shape]:
+    return {n: (tensors.dtypes[n], tensors.shapes[n]) for n in tensors if n not in parts}
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as of the dense model."""
+    config = checkpoint.read_json(folder / "config.json")
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+
+
+def _recipe(run: Path | None) -> dict[str, Any]:
+    """How a run was made, for the manifest and the card."""
+    if run is None or not (run / hf.RUN_FILE).is_file():
+        return {}
+    record = hf.read_run(run)
+    return {key: record[key] for key in _KEPT if key in record}

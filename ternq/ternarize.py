@@ -12,6 +12,7 @@ import torch
 
 from ternq import checkpoint, distill, hf, runs
 from ternq.errors import RecipeError
+from ternq.evaluate import Limit, evaluate, load_jobs
 from ternq.pack import pack
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import DEMO, Recipe
@@ -33,6 +34,11 @@ def ternarize(
     resume: bool | None = None,
     overwrite: bool = False,
     keep_dtype: bool = False,
+    embeddings: str = "keep",
+    tasks: tuple[str, ...] = (),
+    limit: Limit = None,
+    data_dir: str | Path | None = None,
+    made: dict[str, Any] | None = None,
     time_limit: float | None = None,
     device: str = "cpu",
     offline: bool = False,
@@ -41,19 +47,23 @@ def ternarize(
 ) -> dict[str, Any]:
     """Make ``model`` ternary and write the packed artefact to ``out``: the contract's fields.
 
-    A finished artefact of the same recipe is left as it is, and its report returned.
+    A finished artefact of the same recipe is left as it is, and its report returned. ``tasks`` are
+    measured of ``model`` and of the artefact, as `ternq.evaluate.evaluate` does, before it gets its
+    name. ``made`` (a command, versions) goes into its manifest and card.
 
     Raises:
         RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
     """
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
+    asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
     # a command that ended between packing and its report goes on, and packs once more
     half = (run / hf.RUN_FILE).is_file() and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)
     if finished is not None:
         progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
         return finished
+    jobs = load_jobs(tasks, data_dir, offline) if tasks else []
     runs.refuse_input(out, [model])
     checkpoint.check_output(out, overwrite or half)
     prepared, record = distill.begin(
@@ -69,24 +79,42 @@ def ternarize(
     )
     trained = distill.train_run(prepared, run, record, time_limit=time_limit, progress=progress)
     progress(Event("pack", "Packing, and loading what was packed to compare it"))
+
+    def measure(folder: Path) -> dict[str, Any]:
+        packed = hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
+        student = distill.perplexity(prepared, packed, progress, "packed student")
+        results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
+        for name, loaded in ((model, prepared.teacher), (str(out), packed)) if jobs else ():
+            loaded = replace(loaded, name=name)
+            found = evaluate([loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress)
+            results[name] |= found["results"][name]
+        return {"student": student, "results": results}
+
     packed = pack(
         replace(prepared.student, kind="run", path=run),
         out,
+        embeddings=embeddings,
         overwrite=overwrite or half,
         keep_dtype=keep_dtype,
         progress=progress,
-        extra=asked,
+        extra=asked | ({"made": made} if made else {}),
+        measure=measure,
     )
+    notes = {"notes": [*trained["notes"], *packed["notes"]]}
     reloaded = hf.load(str(out), dtype=torch.float32, device=device)
-    student = distill.perplexity(prepared, reloaded, progress, "packed student")
-    measured = {"token_perplexity": student["perplexity"], "samples": student["samples"]}
-    report = trained | packed | {"student": student}
-    report |= {"results": {str(out): {"held-out": measured | {"partial": False}}}}
+    report = trained | packed | notes
     report |= {"samples": samples(model, prepared.teacher, reloaded)}
     checkpoint.write_json(run / REPORT, report)
     keep_reports(run, out)
     runs.remove(run)
     return report
+
+
+def _held_out(measured: dict[str, Any]) -> dict[str, Any]:
+    """A measurement of the held-out text, as ``results`` has it."""
+    names = {"perplexity": "token_perplexity", "word_perplexity": "word_perplexity"}
+    values = {name: measured[key] for key, name in names.items() if measured.get(key)}
+    return {"held-out": values | {"samples": measured["samples"], "partial": False}}
 
 
 def keep_reports(run: Path, out: Path) -> None:
@@ -103,7 +131,9 @@ def _made(out: Path, asked: dict[str, Any]) -> bool:
     if not (out / checkpoint.MANIFEST).is_file():
         return False
     manifest = checkpoint.read_manifest(out)
-    return all(manifest.get(key) == value for key, value in asked.items())
+    return all(manifest.get(key) == value for key, value in asked.items()) and (
+        manifest.get("embeddings", "keep") == asked.get("embeddings", "keep")
+    )
 
 
 def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -116,7 +146,7 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
     if not _made(out, asked):
         found = recipe.differences(Recipe.from_json(manifest["asked"]))
         raise RecipeError(
-            f"'{out}' was made with another recipe ({'; '.join(found) or 'another model'}).",
+            f"'{out}' was made with another recipe ({'; '.join(found) or 'other options'}).",
             "Choose another -o, or pass --overwrite.",
         )
     report = out.with_name(out.name + ".report") / REPORT

@@ -21,8 +21,9 @@ from ternq import checkpoint, stop
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InterruptedByUser, StoppedError
 from ternq.hf import load_state, unique_state
-from ternq.linear import TernaryLinear, is_linear, ternary_layers
+from ternq.linear import TernaryLinear, ternary_layers
 from ternq.losses import logit_loss, off_per_block
+from ternq.modeling_ternq import is_linear
 from ternq.progress import Event, Progress
 from ternq.recipe import Training
 

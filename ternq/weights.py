@@ -1,37 +1,95 @@
 """What a ternary model weighs: coverage, bits per weight, share of zeros. All of it counted."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ternq import packing, ternary
-from ternq.linear import PackedLinear, TernaryLinear
+from ternq.linear import TernaryLinear
+from ternq.modeling_ternq import Int8, PackedLinear
+
+
+@dataclass
+class Tally:
+    """Parameters and the bits that they are stored in, by kind; tied parameters count once.
+
+    ``linear_bits`` counts codes with their padding, scales and shifts.
+    """
+
+    linear: int = 0
+    linear_bits: int = 0
+    zeros: int = 0
+    embedding: int = 0
+    embedding_bits: int = 0
+    other: int = 0
+    other_bits: int = 0
+
+    def add_layer(self, codes: Tensor, group_size: int, shift: bool) -> None:
+        """Count a ternary layer with codes ``[out, in]``."""
+        rows, columns = codes.shape
+        self.linear += codes.numel()
+        self.linear_bits += layer_bits(columns, rows, group_size, shift)
+        self.zeros += codes.numel() - int(codes.count_nonzero())
+
+    def add_dense(self, count: int, bits: int, *, embedding: bool) -> None:
+        """Count a tensor that is not ternary: of the embeddings and output head, or another."""
+        if embedding:
+            self.embedding += count
+            self.embedding_bits += bits
+        else:
+            self.other += count
+            self.other_bits += bits
+
+    def summary(self) -> dict[str, Any]:
+        """The contract's ``weights``."""
+        everything = self.linear + self.embedding + self.other
+        bits = self.linear_bits + self.embedding_bits + self.other_bits
+        return {
+            "coverage": self.linear / everything,
+            "bpw_linear": self.linear_bits / self.linear,
+            "bpw_embeddings": self.embedding_bits / self.embedding if self.embedding else None,
+            "bpw_total": bits / everything,
+            "bytes": bits // 8,
+            "bytes_dense_bf16": 2 * everything,
+            "zero_share": self.zeros / self.linear,
+            "parameters": everything,
+        }
 
 
 def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """The contract's ``weights`` of a model whose ternary layers are in training or packed.
 
     ``dtype`` is what the other parameters are stored in. ``bpw_linear`` counts stored codes,
-    padding, scales and shifts; ``bpw_total`` every parameter as stored. ``coverage`` is the share
-    of the dense model's parameters that are ternary. Tied parameters count once.
+    padding, scales and shifts; ``bpw_embeddings`` embeddings and output head; ``bpw_total`` every
+    parameter as stored. ``coverage`` is the share of the dense model's parameters that are ternary.
     """
-    layers = [m for m in model.modules() if isinstance(m, TernaryLinear | PackedLinear)]
-    linear = sum(m.in_features * m.out_features for m in layers)
-    bits = sum(_bits(m) for m in layers)
-    others = _other_parameters(model)
-    other_bits = others * torch.finfo(dtype).bits
-    zeros = sum(int((_codes(m) == 0).sum()) for m in layers)
-    everything = linear + others
-    return {
-        "coverage": linear / everything,
-        "bpw_linear": bits / linear,
-        "bpw_total": (bits + other_bits) / everything,
-        "bytes": (bits + other_bits) // 8,
-        "bytes_dense_bf16": 2 * everything,
-        "zero_share": zeros / linear,
-        "parameters": everything,
-    }
+    tally = Tally()
+    seen: set[int] = set()
+    tables = [m for m in embeddings(model).values() if not isinstance(m, Int8)]
+    for module in model.modules():
+        if isinstance(module, TernaryLinear | PackedLinear):
+            codes = module.codes() if isinstance(module, TernaryLinear) else module.unpacked()[0]
+            tally.add_layer(codes, module.group_size, module.weight_shift is not None)
+        elif isinstance(module, Int8) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            stored = module.weight.nbytes + module.scale().nbytes
+            tally.add_dense(module.weight.numel(), 8 * stored, embedding=True)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or (isinstance(module, TernaryLinear) and name != "bias"):
+                continue
+            seen.add(id(parameter))
+            bits = parameter.numel() * dtype.itemsize * 8
+            tally.add_dense(parameter.numel(), bits, embedding=module in tables)
+    return tally.summary()
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Names of the input embedding and of the output head, and what stands there."""
+    ends = ("get_input_embeddings", "get_output_embeddings")
+    found = [getattr(model, end, lambda: None)() for end in ends]
+    return {n: m for n, m in model.named_modules() if any(m is f for f in found)}
 
 
 def stored_dtype(dtype: torch.dtype, keep_dtype: bool = False) -> torch.dtype:
@@ -39,23 +97,8 @@ def stored_dtype(dtype: torch.dtype, keep_dtype: bool = False) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 and not keep_dtype else dtype
 
 
-def _bits(layer: TernaryLinear | PackedLinear) -> int:
-    groups = ternary.n_groups(layer.in_features, layer.group_size)
-    values = 2 if layer.weight_shift is not None else 1
-    return layer.out_features * (8 * packing.packed_width(layer.in_features) + 16 * values * groups)
-
-
-def _codes(layer: TernaryLinear | PackedLinear) -> Tensor:
-    return layer.exported()[0] if isinstance(layer, TernaryLinear) else layer.unpacked()[0]
-
-
-def _other_parameters(model: nn.Module) -> int:
-    """Parameters outside ternary weights, each once: embeddings, head, norms, biases."""
-    total, seen = 0, set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            ours = isinstance(module, TernaryLinear) and name != "bias"
-            if not ours and id(parameter) not in seen:
-                seen.add(id(parameter))
-                total += parameter.numel()
-    return total
+def layer_bits(columns: int, rows: int, group_size: int, shift: bool) -> int:
+    """Bits of a packed layer: codes with their padding, float16 scales and shifts."""
+    values = 2 if shift else 1
+    groups = ternary.n_groups(columns, group_size)
+    return rows * (8 * packing.packed_width(columns) + 16 * values * groups)

@@ -12,16 +12,17 @@ from transformers.pytorch_utils import Conv1D
 from ternq import ternary
 from ternq.errors import InputError, RecipeError
 from ternq.linear import (
-    PackedLinear,
     TernaryLinear,
     decoder_blocks,
     dense_weight,
     group_rule,
     packed_layers,
+    packed_linear,
     prepare,
     select,
     ternary_layers,
 )
+from ternq.modeling_ternq import PackedLinear
 from ternq.recipe import Scheme
 
 SCHEMES = [
@@ -43,7 +44,7 @@ def dense(bias: bool = True) -> nn.Linear:
 
 
 def packed(layer: TernaryLinear) -> PackedLinear:
-    return PackedLinear.from_codes(*layer.exported(), layer.bias, layer.group_size)
+    return packed_linear(layer.exported(), layer.bias)
 
 
 class Block(nn.Module):
@@ -127,12 +128,9 @@ def test_a_packed_layer_is_the_exported_one_to_the_bit(scheme: Scheme) -> None:
     with torch.no_grad():
         layer.weight_scale[::2] *= -1  # training may turn a scale; the stored form turns it back
     small = packed(layer)
-    codes, scale, shift = layer.exported()
-    for ours, theirs in zip(small.unpacked(), (codes, scale, shift), strict=True):
-        assert ours is theirs is None or (ours is not None and torch.equal(ours, theirs))
-    assert torch.equal(
-        small.dequantized(), ternary.dequantize(codes, scale, shift, scheme.group_size)
-    )
+    weight = layer.exported()
+    assert ternary.TernaryWeight(*small.unpacked(), scheme.group_size).same(weight)
+    assert torch.equal(small.dequantized(), weight.dequantized())
     x = gaussian(4, 10)
     assert torch.equal(small(x), F.linear(x, small.dequantized(), layer.bias))
     torch.testing.assert_close(small(x), layer(x), rtol=1e-2, atol=1e-3)  # float16 scales

@@ -7,7 +7,22 @@ model that the format cannot hold, naming the nearest format that can, and `Veri
 what it reads back is not what it wrote.
 """
 
+import importlib
 from dataclasses import dataclass, field
+from typing import Any
+
+MODULES = {
+    "dense": "ternq.formats.dense",
+    "compressed-tensors": "ternq.formats.compressed",
+    "gguf": "ternq.formats.gguf",
+    "mlx": "ternq.formats.mlx",
+}
+"""Name of a format on the command line -> the module that writes it."""
+
+
+def function(format: str) -> Any:
+    """The ``export`` of a format."""
+    return importlib.import_module(MODULES[format]).export
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""The model card of a folder: how to load it first, then what it is, how good, and how it was made.
+
+Only what is known is written: a measurement that was not made is not in the card.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ternq.report import number
+from ternq.source import Source
+
+Facts = Mapping[str, Any]
+
+_LOADING = {
+    "ternq": """\
+Load it with `import ternq` first (`pip install ternq`); without, pass `trust_remote_code=True`:
+
+```python
+import ternq
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+Without either, loading fails; never pass `ignore_mismatched_sizes=True`, which would replace the
+packed layers by random ones. `ternq pack --verify {name}` checks every file and every layer.
+""",
+    "dense": """\
+Load it with plain transformers; every weight is there as a {encoding} number:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+""",
+    "compressed-tensors": """\
+Load it with transformers and `pip install compressed-tensors`, or with vLLM (`vllm serve {name}`):
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+""",
+    "gguf": """\
+Run it with llama.cpp (`llama-cli -m FILE.gguf -p "Once"`), or from Python:
+
+```python
+from llama_cpp import Llama
+print(Llama("{file}")("Once", max_tokens=32)["choices"][0]["text"])
+```
+""",
+    "mlx": """\
+Load it with MLX (`pip install mlx-lm`):
+
+```python
+from mlx_lm import generate, load
+print(generate(*load("{name}"), "Once"))
+```
+""",
+}
+_LIBRARY = {"mlx": "mlx", "gguf": "gguf"}
+
+
+def card(name: str, source: Source, about: Facts, file: str = "model.gguf") -> str:
+    """The text of ``README.md``; ``about`` is what goes into the manifest beside the files."""
+    base = about.get("base_model") or {}
+    loading = _LOADING[about["format"]].format(
+        name=name, encoding=about.get("encoding", ""), file=file
+    )
+    parts = [_front_matter(about, base), loading, f"# {name}\n", _what(source, about, base)]
+    parts += filter(None, (_results(about), _recipe(about), _made(about)))
+    return "\n".join(parts)
+
+
+def _front_matter(about: Facts, base: Facts) -> str:
+    lines = [f"library_name: {_LIBRARY.get(about['format'], 'transformers')}"]
+    lines += ["pipeline_tag: text-generation", "tags: [ternq, ternary, 1.58-bit]"]
+    if base.get("name"):
+        lines.append(f"base_model: {json.dumps(base['name'])}")
+    if base.get("license"):
+        lines.append(f"license: {json.dumps(base['license'])}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(source: Source, about: Facts, base: Facts) -> str:
+    weights = about["weights"]
+    form = "scale * code + shift" if source.shift else "scale * code"
+    rows = [("base model", f"{base.get('name', 'not recorded')}")]
+    rows.append(("licence of the base model", base.get("license") or "not stated by it"))
+    rows.append(
+        (
+            "ternary",
+            f"{weights['coverage']:.1%} of {weights['parameters']:,} parameters: {form}, code in "
+            f"{{-1, 0, +1}}, groups of {source.group_size} columns",
+        )
+    )
+    rows += [
+        (label, f"{weights[key]:.3f} bits a weight")
+        for label, key in (
+            ("ternary layers", "bpw_linear"),
+            ("embeddings and head", "bpw_embeddings"),
+            ("whole file", "bpw_file"),
+        )
+        if weights.get(key) is not None
+    ]
+    verify = about["verify"]
+    proof = f"{verify['checked']} layers read back and compared, to the bit"
+    if verify.get("max_abs_logit_diff") is not None:
+        proof += f"; logits differ by at most {verify['max_abs_logit_diff']:.2g}"
+    rows.append(("verified", proof))
+    for key, label in (("rounded", "rounded to float16"), ("lost", "relative error")):
+        if found := verify.get(key):
+            layer = max(found, key=lambda n: found[n])
+            what = f"{len(found)} layers, the most in {layer}: {found[layer]:.2g}"
+            rows.append((label, what + (" of a scale" if key == "rounded" else "")))
+    return _table(("", ""), rows)
+
+
+def _results(about: Facts) -> str | None:
+    """A row per task and metric, a column per model: the base model beside the ternary one."""
+    results = about.get("results")
+    if not results:
+        return None
+    metrics = dict.fromkeys(
+        (task, metric)
+        for own in results.values()
+        for task, values in own.items()
+        for metric, value in values.items()
+        if isinstance(value, float) and not metric.endswith("_stderr")
+    )
+    rows = []
+    for task, metric in metrics:
+        cells = [_cell(own.get(task, {}), metric) for own in results.values()]
+        rows.append((task, metric.replace("_", " "), *cells))
+    text = _table(("task", "metric", *map(str, results)), rows)
+    held_out = (about.get("student") or {}).get("text")
+    note = f"\n`held-out` is {held_out}.\n" if held_out else ""
+    return f"## Results\n\n{text}{note}"
+
+
+def _cell(values: Facts, metric: str) -> str:
+    shown = number(values.get(metric))
+    error = values.get(f"{metric}_stderr")
+    partial = " (partial)" if values.get("partial") else ""
+    return f"{shown} ± {number(error)}{partial}" if isinstance(error, float) else shown + partial
+
+
+def _recipe(about: Facts) -> str | None:
+    recipe = about.get("recipe")
+    if not recipe:
+        return None
+    training = recipe["training"]
+    steps = training.get("steps")
+    size = training["batch_size"] * training["sequence_length"]
+    rows = [("method", "DLT (learned scale and shift of each group) with OFF (feature cosine)")]
+    if steps is not None:
+        length = f"{steps:,} steps, {steps * size:,} tokens, seed {recipe['seed']}"
+        rows.append(("training", length))
+    rows += [("data", spec) for spec in about.get("data") or training.get("data") or ()]
+    hashes = dict(about.get("data_sha256") or {})
+    if about.get("text_sha256"):
+        hashes["the held-out tokens"] = about["text_sha256"]
+    rows += [(f"SHA-256 of {name}", f"`{digest}`") for name, digest in hashes.items()]
+    text = _table(("", ""), rows)
+    replay = json.dumps(recipe, indent=1, ensure_ascii=False)
+    recipe_text = f"`ternq ternarize --recipe` replays:\n\n```json\n{replay}\n```\n"
+    return f"## How it was trained\n\n{text}\n{recipe_text}"
+
+
+def _made(about: Facts) -> str | None:
+    made = about.get("made")
+    if not made:
+        return None
+    command = f"```bash\n{made['command']}\n```\n\n" if made.get("command") else ""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return f"## How it was made\n\n{command}With {versions}.\n"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(_lines(header, rows)) + "\n"
+
+
+def _lines(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"

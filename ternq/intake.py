@@ -1,0 +1,310 @@
+"""What is ternary already, taken in without training: any MODEL that ``ternq pack`` understands.
+
+Runs and artefacts of ternq; dense checkpoints whose weights are ``scale * code (+ shift)`` by value
+(Spectra's TriLM is released so); BitNet b1.58 as transformers stores it; GGUF files of ternary
+types.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ternq import checkpoint, hf
+from ternq.errors import InputError
+from ternq.linear import select
+from ternq.modeling_ternq import features
+from ternq.progress import Event, Progress
+from ternq.recipe import Scheme, display_name
+from ternq.recover import NotTernaryError, recover, scheme_of
+from ternq.source import Source, open_artefact, open_run
+from ternq.ternary import TernaryWeight
+
+_SAMPLED_ROWS = 8  # at the beginning, in the middle and at the end of a layer each
+_BITNET = "bitnet"
+_CODES_PER_BYTE = 4
+
+
+@contextmanager
+def opened(
+    model: str,
+    *,
+    group_size: int | None,
+    skip: tuple[str, ...],
+    offline: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Iterator[Source]:
+    """The ternary model that ``model`` names.
+
+    ``group_size`` and ``skip`` are for dense checkpoints: the group to look for instead of the
+    largest that fits, and layers to leave dense.
+
+    Raises:
+        InputError: it is missing, damaged, or not ternary; the message names layer and row.
+    """
+    progress(Event("load", f"Opening {model}"))
+    path = hf.local_path(model)
+    if path is not None and path.suffix == ".gguf":
+        from ternq.formats.gguf_import import opened as opened_gguf
+
+        with opened_gguf(path) as source:
+            yield source
+    elif path is not None and (path / hf.RUN_FILE).is_file():
+        yield open_run(path)
+    elif path is not None and (path / checkpoint.MANIFEST).is_file():
+        checkpoint.verify_files(path)
+        yield open_artefact(path)
+    else:
+        folder = hf.model_folder(model, path, offline)
+        yield open_checkpoint(model, folder, group_size, skip)
+
+
+def open_checkpoint(
+    model: str, folder: Path, group_size: int | None = None, skip: tuple[str, ...] = ()
+) -> Source:
+    """A folder of safetensors that is ternary by value, or BitNet's.
+
+    Raises:
+        InputError: it is not; the message names layer, row and how many values stand there.
+    """
+    config = checkpoint.read_json(folder / "config.json")
+    quantization = config.pop("quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    if method not in (None, _BITNET):
+        raise InputError(
+            f"'{model}' is quantized by '{method}', which ternq pack does not take in.",
+            "It takes runs and artefacts of ternq, checkpoints that are ternary by value, BitNet, "
+            "and GGUF files of ternary types.",
+        )
+    skeleton = hf.skeleton(folder)
+    tensors = checkpoint.TensorFolder(folder)
+    names = _names(model, skeleton, tensors, scales=method == _BITNET)
+    chosen = select(skeleton, Scheme(group_size=1, skip=skip)).chosen
+    rounded: dict[str, float] = {}
+    if method == _BITNET:
+        layers, notes = _bitnet(model, quantization, chosen, tensors, names, rounded)
+        size, shift, modules = max(features(m)[0] for m in chosen.values()), False, tuple(layers)
+        layer: Callable[[str], TernaryWeight] = lambda name: layers[name]()  # noqa: E731
+    else:
+        size, shift = _scheme(model, chosen, tensors, names, group_size)
+        modules, notes = tuple(chosen), [_said(size, shift, chosen)]
+        layer = _by_value(model, chosen, tensors, names, size, shift, rounded)
+    parts = {f"{m}.{p}" for m in modules for p in ("weight", "weight_scale")}
+    others = {n: own for n, own in names.items() if n not in parts}
+    return Source(
+        name=display_name(model),
+        base=folder,
+        config={k: v for k, v in config.items() if k != "auto_map"},
+        skeleton=skeleton,
+        modules=modules,
+        others={n: (tensors.dtypes[own], tensors.shapes[own]) for n, own in others.items()},
+        group_size=size,
+        shift=shift,
+        dtype=_dtype(tensors, others),
+        layer=layer,
+        tensor=lambda name: tensors[names[name]],
+        reload=None if method else lambda: hf.load(model, dtype=torch.float32).model,
+        rounded=rounded,
+        notes=notes,
+        about={"base_model": {"name": model, "license": hf.licence(folder)}},
+    )
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def _names(
+    model: str, skeleton: Any, tensors: checkpoint.TensorFolder, *, scales: bool
+) -> dict[str, str]:
+    """Name in the model -> name in the files, for every tensor that the model has."""
+    prefix = f"{skeleton.base_model_prefix}."
+    state = skeleton.state_dict()
+    tied = getattr(skeleton, "all_tied_weights_keys", {})
+    found = {}
+    for name in state:
+        own = name if name in tensors else name.removeprefix(prefix)
+        if own in tensors and not (name in tied and tied[name] in tensors):
+            found[name] = own
+        elif own not in tensors and name not in tied:
+            raise InputError(
+                f"'{model}' lacks weights that its configuration asks for, such as {name}."
+            )
+        if scales and f"{own}_scale" in tensors:
+            found[f"{name}_scale"] = f"{own}_scale"
+    return found
+
+
+def _dtype(tensors: checkpoint.TensorFolder, others: dict[str, str]) -> torch.dtype:
+    floats = [tensors.dtypes[own] for own in others.values()]
+    return next((dtype for dtype in floats if dtype.is_floating_point), torch.float32)
+
+
+# --- ternary by value -----------------------------------------------------------------------------
+
+
+def _scheme(
+    model: str,
+    chosen: dict[str, nn.Module],
+    tensors: checkpoint.TensorFolder,
+    names: dict[str, str],
+    group_size: int | None,
+) -> tuple[int, bool]:
+    """Group size and shift, from some rows of every layer."""
+    samples = {n: _sample(layer, tensors, names[f"{n}.weight"]) for n, layer in chosen.items()}
+    found = scheme_of([rows for _, rows in samples.values()], group_size)
+    if found is not None:
+        return found
+    for name, (places, rows) in samples.items():
+        size = min(group_size or 128, rows.shape[1])
+        try:
+            recover(rows, size, shift=True)
+        except NotTernaryError as error:
+            raise _refusal(model, name, error, places[error.row]) from error
+        except ValueError as error:
+            raise InputError(f"'{model}' cannot be packed: {name}: {error}.") from error
+    raise InputError(
+        f"'{model}' is ternary by value in groups of {group_size or 128}, but its layers agree on "
+        "no group size.",
+        "Name one with --group-size, or leave layers out with --skip.",
+    )
+
+
+def _sample(
+    layer: nn.Module, tensors: checkpoint.TensorFolder, name: str
+) -> tuple[list[int], Tensor]:
+    """Some rows ``[n, in]`` of a layer, and which they are."""
+    if not isinstance(layer, nn.Linear):
+        whole = tensors[name].t().contiguous()
+        return [*range(len(whole))], whole
+    count = tensors.shapes[name][0]
+    starts = {0, max(0, count // 2 - _SAMPLED_ROWS // 2), max(0, count - _SAMPLED_ROWS)}
+    places = sorted({row for s in starts for row in range(s, min(count, s + _SAMPLED_ROWS))})
+    parts = [tensors.rows(name, s, min(count, s + _SAMPLED_ROWS)) for s in sorted(starts)]
+    rows = torch.cat(parts) if len(places) == sum(map(len, parts)) else tensors.rows(name, 0, count)
+    return places, rows
+
+
+def _by_value(
+    model: str,
+    chosen: dict[str, nn.Module],
+    tensors: checkpoint.TensorFolder,
+    names: dict[str, str],
+    group_size: int,
+    shift: bool,
+    rounded: dict[str, float],
+) -> Callable[[str], TernaryWeight]:
+    def layer(name: str) -> TernaryWeight:
+        weight = tensors[names[f"{name}.weight"]]
+        weight = weight if isinstance(chosen[name], nn.Linear) else weight.t().contiguous()
+        try:
+            found = recover(weight, group_size, shift)
+        except NotTernaryError as error:
+            raise _refusal(model, name, error, error.row) from error
+        except ValueError as error:
+            raise InputError(f"'{model}' cannot be packed: {name}: {error}.") from error
+        if found.error:
+            rounded[name] = found.error
+        return found.weight
+
+    return layer
+
+
+def _refusal(model: str, name: str, error: NotTernaryError, row: int) -> InputError:
+    first, last = error.columns
+    return InputError(
+        f"'{model}' is not ternary: {name}, row {row}, columns {first} to {last - 1} hold "
+        f"{error.values} distinct values; scale * code + shift has at most three, evenly spaced.",
+        f"Make it ternary first: ternq ternarize {model}; or leave the layer dense with --skip, or "
+        "look for smaller groups with --group-size.",
+    )
+
+
+def _said(size: int, shift: bool, chosen: dict[str, nn.Module]) -> str:
+    rows = all(features(layer)[0] <= size for layer in chosen.values())
+    groups = "one scale for each row" if rows else f"groups of {size}"
+    return f"Found ternary by value: {groups}, {'with' if shift else 'without'} shifts."
+
+
+# --- BitNet ---------------------------------------------------------------------------------------
+
+
+def _bitnet(
+    model: str,
+    quantization: dict[str, Any],
+    chosen: dict[str, nn.Module],
+    tensors: checkpoint.TensorFolder,
+    names: dict[str, str],
+    rounded: dict[str, float],
+) -> tuple[dict[str, Callable[[], TernaryWeight]], list[str]]:
+    """The layers of BitNet b1.58 in the forms of transformers 5.23 (integrations/bitnet.py, read).
+
+    Packed codes are divided by ``weight_scale`` where the linear class is ``bitlinear``, and
+    multiplied by it where it is ``autobitlinear``; in the mode ``online`` the weights are dense and
+    rounded by absmean when they are used.
+    """
+    kind = quantization.get("linear_class", "bitlinear")
+    online = kind == "autobitlinear" and quantization.get("quantization_mode") != "offline"
+    if quantization.get("use_rms_norm"):
+        raise InputError(f"'{model}' normalises inside its linear layers, which ternq cannot hold.")
+    if kind not in ("bitlinear", "autobitlinear"):
+        raise InputError(f"'{model}' has an unknown linear_class of BitNet: {kind!r}.")
+    kept = quantization.get("modules_to_not_convert") or []
+    layers: dict[str, Callable[[], TernaryWeight]] = {}
+    for name, layer in chosen.items():
+        if any(re.fullmatch(rf"(.*\.)?{re.escape(str(k))}(\..*)?", name) for k in kept):
+            continue
+        if not online and f"{name}.weight_scale" not in names:
+            raise InputError(f"'{model}' lacks {name}.weight_scale.")
+        layers[name] = _bitnet_layer(name, layer, tensors, names, kind, online, rounded)
+    note = "BitNet rounds activations to 8 bits when it runs; the artefact keeps them as they are."
+    return layers, [note]
+
+
+def _bitnet_layer(
+    name: str,
+    layer: nn.Module,
+    tensors: checkpoint.TensorFolder,
+    names: dict[str, str],
+    kind: str,
+    online: bool,
+    rounded: dict[str, float],
+) -> Callable[[], TernaryWeight]:
+    def read() -> TernaryWeight:
+        weight = tensors[names[f"{name}.weight"]]
+        if online:
+            inverse = 1.0 / weight.float().abs().mean().clamp(min=1e-5)
+            codes, value = (weight.float() * inverse).round().clamp(-1, 1), 1.0 / inverse
+        else:
+            codes = _unpacked(name, weight, layer)
+            stored = tensors[names[f"{name}.weight_scale"]].double().flatten()
+            if len(stored) != 1 or not float(stored) > 0:
+                raise InputError(f"{name}.weight_scale is not one positive number.")
+            value = 1 / stored if kind == "bitlinear" else stored
+        scale = value.half()
+        if not 0 < float(scale) < float("inf"):
+            raise InputError(f"The scale of {name} is {float(value):.3g}, beyond float16.")
+        if error := abs(float(scale) / float(value) - 1):
+            rounded[name] = error
+        rows, columns = codes.shape
+        whole = scale.reshape(1, 1).expand(rows, 1).contiguous()
+        return TernaryWeight(codes.to(torch.int8), whole, None, columns).canonical()
+
+    return read
+
+
+def _unpacked(name: str, packed: Tensor, layer: nn.Module) -> Tensor:
+    """Codes ``[out, in]`` of BitNet's bytes ``[out / 4, in]``: two bits each, a quarter of rows."""
+    rows = features(layer)[1]
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or len(packed) * _CODES_PER_BYTE < rows:
+        raise InputError(f"{name}.weight is not packed as BitNet's weights are.")
+    quarters = [(packed >> (2 * i)) & 3 for i in range(_CODES_PER_BYTE)]
+    digits = torch.cat(quarters)[:rows]
+    if bool((digits == 3).any()):
+        row = int((digits == 3).any(1).nonzero()[0])
+        raise InputError(f"{name}.weight, row {row}: a code is none of -1, 0 and +1.")
+    return digits.to(torch.int8) - 1
