@@ -9,7 +9,7 @@ which it does not, is decoded by `ternq.formats.gguf_codec`.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from ternq.errors import RecipeError, VerificationError
 from ternq.formats import Exported, Options
 from ternq.formats.gguf_codec import KINDS, Kind, encode
 from ternq.formats.gguf_file import Header
-from ternq.formats.gguf_fit import Fitted, fitted
+from ternq.formats.gguf_fit import Fitted, fitted, smallest
 from ternq.formats.gguf_models import ROPE_FACTORS, Model, described, interleaved, uninterleaved
 from ternq.formats.gguf_tokenizer import Vocabulary, vocabulary
-from ternq.formats.groups import common_size
 from ternq.progress import Event, Progress
 from ternq.source import Source
 
@@ -40,7 +39,7 @@ class _Plan:
 
     source: Source
     model: Model
-    kind: Kind
+    kinds: Mapping[str, Kind]
     options: Options
     rounded: dict[str, float] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
@@ -48,7 +47,13 @@ class _Plan:
     def fitted(self, module: str) -> Fitted:
         """A layer in blocks, its rows as transformers has them."""
         weight = self.source.layer(module)
-        return fitted(module, weight, self.kind, self.options.exact, self.options.lossy)
+        return fitted(module, weight, self.kinds[module], self.options.exact, self.options.lossy)
+
+    @property
+    def usual(self) -> Kind:
+        """The type of most weights; it names the file."""
+        names = [kind.name for kind in self.kinds.values()]
+        return KINDS[max(KINDS, key=names.count)]
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor with its rows where llama.cpp wants them."""
@@ -64,10 +69,10 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         VerificationError: what is read back is not what was written.
     """
     model = described(source)
-    kind, why = chosen(source, options)
+    kinds, why = chosen(source, options)
     size = _embedding_rows(source, model)
     tokens = vocabulary(source.base, size, source.config, options.lossy)
-    plan = _Plan(source, model, kind, options)
+    plan = _Plan(source, model, kinds, options)
     for module in source.modules:
         fit = plan.fitted(module)
         if fit.lost is not None:
@@ -75,13 +80,13 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         elif fit.error:
             plan.rounded[module] = fit.error
         progress(Event("plan", module))
-    path = folder / f"{source.name}-{kind.name}.gguf"
+    path = folder / f"{source.name}-{plan.usual.name}.gguf"
     _write(path, plan, tokens, progress)
     reader = _verify(path, plan, progress)
-    weights = sum(in_ * out for in_, out in map(source.size, source.modules))
+    sizes = {name: source.size(name) for name in source.modules}
     return Exported(
-        encoding=kind.name,
-        bits=round(weights * kind.bits),
+        encoding="+".join(dict.fromkeys([plan.usual.name, *(k.name for k in kinds.values())])),
+        bits=sum(8 * _bytes(kinds[n].id, (out, in_)) for n, (in_, out) in sizes.items()),
         checked=len(source.modules),
         reader=reader,
         rounded=plan.rounded,
@@ -90,31 +95,46 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
-def chosen(source: Source, options: Options) -> tuple[Kind, str]:
-    """The type that was asked for, or the smallest that fits; and why, in a sentence.
+def chosen(source: Source, options: Options) -> tuple[dict[str, Kind], str]:
+    """The type of every layer, and why, in a sentence.
+
+    It is the one that was asked for, or the smallest that fits all layers. Where the rows of a
+    layer are no multiple of its block, a type of smaller blocks takes its place.
 
     Raises:
-        RecipeError: there is no such type.
+        RecipeError: there is no such type, or none whose blocks divide the rows of a layer.
     """
-    if options.encoding is not None:
-        if options.encoding.upper() not in KINDS:
-            raise RecipeError(
-                f"The format gguf has no type '{options.encoding}' that holds ternary weights.",
-                f"It has {', '.join(KINDS)}.",
-            )
-        kind = KINDS[options.encoding.upper()]
-        return kind, f"The type {kind.name} was asked for."
-    if source.shift:
-        return KINDS["Q4_1"], "The type is Q4_1, since the weights have shifts."
-    sizes = {common_size(source.size(name)[0], source.group_size) for name in source.modules}
-    reasons = {
-        "TQ2_0": "The type is TQ2_0: rows and groups are multiples of its blocks of 256.",
-        "Q2_0": "The type is Q2_0: its blocks of 64 divide rows and groups, those of TQ2_0 do not.",
-    }
-    for name, why in reasons.items():
-        if all(size % KINDS[name].block == 0 for size in sizes):
-            return KINDS[name], why
-    return KINDS["Q4_1"], "The type is Q4_1: only its blocks of 32 can divide rows and groups."
+    sizes = {name: source.size(name)[0] for name in source.modules}
+    fitting = {n: smallest(size, source.group_size, source.shift) for n, size in sizes.items()}
+    if options.encoding is None:
+        usual = min((kind or KINDS["Q4_1"] for kind in fitting.values()), key=lambda k: k.block)
+        why = f"The type is {usual.name}: "
+        if source.shift:
+            why += "the weights have shifts."
+        else:
+            why += "the smallest whose blocks divide all rows and groups."
+    elif options.encoding.upper() in KINDS:
+        usual = KINDS[options.encoding.upper()]
+        why = f"The type {usual.name} was asked for."
+    else:
+        raise RecipeError(
+            f"The format gguf has no type '{options.encoding}' that holds ternary weights.",
+            f"It has {', '.join(KINDS)}.",
+        )
+    kinds = dict.fromkeys(sizes, usual)
+    replaced: dict[str, set[int]] = {}
+    for name, size in sizes.items():
+        other = fitting[name]
+        if size % usual.block and other is not None and other.block < usual.block:
+            kinds[name] = other
+            replaced.setdefault(other.name, set()).add(size)
+    for other_name, widths in replaced.items():
+        count = sum(kind.name == other_name for kind in kinds.values())
+        why += (
+            f" {count} of {len(kinds)} layers are {other_name}, since blocks of {usual.block} do "
+            f"not divide rows of {' and '.join(map(str, sorted(widths)))}."
+        )
+    return kinds, why
 
 
 def _embedding_rows(source: Source, model: Model) -> int:
@@ -164,10 +184,10 @@ def _parts(plan: _Plan) -> Iterator[tuple[str, int, tuple[int, ...], Callable[[]
         columns, rows = source.size(module)
 
         def packed(module: str = module) -> Tensor:
-            data = encode(plan.kind, plan.fitted(module).blocks)
+            data = encode(plan.kinds[module], plan.fitted(module).blocks)
             return plan.rows(f"{module}.weight", data)
 
-        yield names[f"{module}.weight"], plan.kind.id, (rows, columns), packed
+        yield names[f"{module}.weight"], plan.kinds[module].id, (rows, columns), packed
 
 
 def _dense_type(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -198,7 +218,7 @@ def _add_settings(writer: Any, plan: _Plan) -> None:
     licence = (source.about.get("base_model") or {}).get("license") or hf.licence(source.base)
     writer.add_license(licence or "")
     writer.add_quantization_version(2)
-    writer.add_file_type(plan.kind.file_type)
+    writer.add_file_type(plan.usual.file_type)
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in plan.model.settings.items():
         add[type(value)](key, value)
@@ -239,7 +259,7 @@ def _add_tokens(writer: Any, tokens: Vocabulary) -> None:
 
 def _verify(path: Path, plan: _Plan, progress: Progress) -> str:
     """Compare every tensor of the file with what was meant; returns who read it."""
-    read, reader = _values_of(path, plan.kind)
+    read, reader = _values_of(path, set(plan.kinds.values()))
     source, names = plan.source, plan.model.names
     expected = set(names.values()) | (
         {ROPE_FACTORS} if plan.model.rope_factors is not None else set()
@@ -274,15 +294,16 @@ def _compare(name: str, stored: Tensor, meant: Tensor) -> None:
         raise VerificationError(f"{name} is not in the file what was written.")
 
 
-def _values_of(path: Path, kind: Kind) -> tuple[Callable[[str], Tensor], str]:
+def _values_of(path: Path, kinds: set[Kind]) -> tuple[Callable[[str], Tensor], str]:
     """A function that reads a tensor as float32, and the name of the program that it uses."""
     import gguf
 
     from ternq.formats.gguf_import import values
 
-    if kind.id not in {member.value for member in gguf.GGMLQuantizationType}:
+    known = {member.value for member in gguf.GGMLQuantizationType}
+    if not {kind.id for kind in kinds} <= known:
         header = Header(path)
-        return lambda name: values(header, name), "ternq (gguf-py does not know the type)"
+        return lambda name: values(header, name), "ternq (gguf-py does not know Q2_0)"
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
     def read(name: str) -> Tensor:

@@ -65,12 +65,17 @@ def fitted(name: str, weight: TernaryWeight, kind: Kind, exact: bool, lossy: boo
 def nearest(weight: TernaryWeight) -> str:
     """The smallest type that holds a layer, in a sentence without its full stop."""
     columns = weight.codes.shape[1]
-    size = common_size(columns, weight.group_size)
-    shifted = _has_shift(weight)
-    for name in ("Q4_1",) if shifted else ("TQ2_0", "Q2_0", "Q4_1"):
-        if columns % KINDS[name].block == 0 and size % KINDS[name].block == 0:
-            return f"{name} holds it " + ("with one rounding" if shifted else "exactly")
-    return "No GGUF type holds it: choose --format dense"
+    kind = smallest(columns, weight.group_size, _has_shift(weight))
+    if kind is None:
+        return "No GGUF type holds it: choose --format dense"
+    return f"{kind.name} holds it " + ("with one rounding" if _has_shift(weight) else "exactly")
+
+
+def smallest(columns: int, group_size: int, shift: bool) -> Kind | None:
+    """The smallest type whose blocks divide rows and groups; None if there is none."""
+    size = common_size(columns, group_size)
+    kinds = (KINDS[name] for name in (("Q4_1",) if shift else ("TQ2_0", "Q2_0", "Q4_1")))
+    return next((kind for kind in kinds if size % kind.block == 0), None)
 
 
 def _has_shift(weight: TernaryWeight) -> bool:
