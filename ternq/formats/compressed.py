@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ternq import checkpoint
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.formats import Exported, Options, folders
+from ternq.formats.bits import DIGITS_PER_WORD, packed
 from ternq.formats.groups import (
     common_size,
     largest_error,
@@ -37,7 +38,6 @@ from ternq.writer import Layout
 
 ENCODINGS = ("float16", "bfloat16", "float32")
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
-_CODES_PER_WORD = 16
 _PROBE = (2, 16)  # rows and tokens of the text that logits are compared on
 _TOLERANCE = 1e-4  # of the largest logit
 # what the library and transformers raise for a folder that they cannot read
@@ -48,7 +48,7 @@ Sizes = Mapping[str, int]  # and the columns in a group
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A layer as the file holds it, without shift, and what that cost."""
 
     weight: TernaryWeight
@@ -57,8 +57,9 @@ class _Layer:
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in the file."""
+        words = packed((self.weight.codes + 2).to(torch.uint8))
         shape = torch.tensor(self.weight.codes.shape)
-        return dict(zip(PARTS, (packed(self.weight.codes), self.weight.scale, shape), strict=True))
+        return dict(zip(PARTS, (words, self.weight.scale, shape), strict=True))
 
 
 def export(source: Source, folder: Path, options: Options, progress: Progress) -> Exported:
@@ -83,7 +84,7 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     rounded: dict[str, float] = {}
     lost: dict[str, float] = {}
 
-    def stored(module: str) -> _Layer:
+    def stored(module: str) -> Layer:
         return _layer(source, module, sizes[module], dtype, options)
 
     def tensors(module: str) -> dict[str, Tensor]:
@@ -105,34 +106,17 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
-def packed(codes: Tensor) -> Tensor:
-    """Codes int8 ``[out, in]`` as int32 ``[out, ceil(in / 16)]``: code + 2, lowest bits first.
-
-    >>> packed(torch.tensor([[-1, 0, 1]], dtype=torch.int8)).tolist()
-    [[57]]
-    """
-    rows, columns = codes.shape
-    words = -(-columns // _CODES_PER_WORD)
-    digits = torch.zeros(rows, words * _CODES_PER_WORD, dtype=torch.int32)
-    digits[:, :columns] = codes.int() + 2
-    digits = digits.view(rows, words, _CODES_PER_WORD)
-    result = torch.zeros(rows, words, dtype=torch.int32)
-    for place in range(_CODES_PER_WORD):
-        result |= digits[:, :, place] << (2 * place)
-    return result
-
-
 def _layout(shapes: Shapes, sizes: Sizes, dtype: torch.dtype) -> Layout:
     """Types and shapes of the tensors of all layers."""
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, (rows, columns) in shapes.items():
-        layout[f"{name}.weight_packed"] = (torch.int32, (rows, -(-columns // _CODES_PER_WORD)))
+        layout[f"{name}.weight_packed"] = (torch.int32, (rows, -(-columns // DIGITS_PER_WORD)))
         layout[f"{name}.weight_scale"] = (dtype, (rows, columns // sizes[name]))
         layout[f"{name}.weight_shape"] = (torch.int64, (2,))
     return layout
 
 
-def _layer(source: Source, module: str, size: int, dtype: torch.dtype, options: Options) -> _Layer:
+def _layer(source: Source, module: str, size: int, dtype: torch.dtype, options: Options) -> Layer:
     """A layer without shift, in groups of ``size``, its scale in ``dtype``."""
     original = source.layer(module)
     plain = _without_shift(module, original, options)
@@ -145,7 +129,7 @@ def _layer(source: Source, module: str, size: int, dtype: torch.dtype, options: 
             "Leave out --encoding, or --exact.",
         )
     lost = 0.0 if _equal(original, plain) else relative_error(original, stored.dequantized())
-    return _Layer(regrouped(stored, size), error, lost)
+    return Layer(regrouped(stored, size), error, lost)
 
 
 def _without_shift(module: str, weight: TernaryWeight, options: Options) -> TernaryWeight:
@@ -244,7 +228,7 @@ def _verify(
     folder: Path,
     others: folders.Others,
     skeleton: Any,
-    stored: Callable[[str], _Layer],
+    stored: Callable[[str], Layer],
     progress: Progress,
 ) -> str:
     """Read the folder by the library's own functions; says how, beyond the library's name.
@@ -300,7 +284,7 @@ def _compare_model(
     kind: Any,
     config: Any,
     others: folders.Others,
-    stored: Callable[[str], _Layer],
+    stored: Callable[[str], Layer],
 ) -> None:
     """Load through transformers in float32; compare logits and weights with a dense model's."""
     dense = kind(config).eval()

@@ -6,8 +6,8 @@ it the bias is rounded once to float16. A negative scale says the same with q = 
 biases = shift + scale: of the two the one that rounds less is taken, which keeps the error below
 5e-4 of the scale as long as the shift is at most twice the scale.
 
-MLX promotes where types are mixed, so all tensors have one type: float16, or float32, in which
-shifts are exact too.
+MLX promotes where types are mixed, so all tensors have one type: float16, or float32, which loses
+of a shift only what is below 1e-7 of the scale.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from torch import Tensor
 from ternq import checkpoint
 from ternq.errors import RecipeError, VerificationError
 from ternq.formats import Exported, Options, folders
+from ternq.formats.bits import DIGITS_PER_WORD, packed, unpacked
 from ternq.formats.groups import common_size, largest_error, regrouped, regrouping
 from ternq.progress import Event, Progress
 from ternq.source import Source
@@ -32,7 +33,6 @@ SIZES = (128, 64, 32)  # of groups that MLX knows
 PARTS = ("weight", "scales", "biases")
 BOUND = 5e-4  # of a scale: what one rounding of the bias may cost
 ENCODINGS = ("float16", "float32")
-_DIGITS_PER_WORD = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Affine:
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in the file."""
-        return dict(zip(PARTS, (packed(self.digits), self.scales, self.biases), strict=True))
+        words = packed(self.digits).view(torch.uint32)
+        return dict(zip(PARTS, (words, self.scales, self.biases), strict=True))
 
     def values(self, group_size: int) -> Tensor:
         """The weight, float32 ``[out, in]``."""
@@ -111,26 +112,6 @@ def affine(weight: TernaryWeight, dtype: torch.dtype = torch.float16) -> Affine:
     return Affine((codes + 1).to(torch.uint8), scales, biases)
 
 
-def packed(digits: Tensor) -> Tensor:
-    """Digits ``[out, in]`` below 4 as uint32 ``[out, in / 16]``, the first in the lowest bits.
-
-    >>> packed(torch.tensor([[2, 1, 0, 1] + [0] * 12], dtype=torch.uint8)).tolist()
-    [[70]]
-    """
-    words = digits.to(torch.int32).view(len(digits), -1, _DIGITS_PER_WORD)
-    result = torch.zeros(words.shape[:2], dtype=torch.int32)
-    for place in range(_DIGITS_PER_WORD):
-        result |= words[:, :, place] << (2 * place)
-    return result.view(torch.uint32)
-
-
-def unpacked(words: Tensor) -> Tensor:
-    """The inverse of `packed`: uint8 ``[out, in]``."""
-    places = 2 * torch.arange(_DIGITS_PER_WORD, dtype=torch.int32)
-    digits = (words.view(torch.int32).unsqueeze(2) >> places) & 3
-    return digits.flatten(1).to(torch.uint8)
-
-
 def _layer(
     source: Source, module: str, size: int, dtype: torch.dtype, options: Options
 ) -> tuple[Affine, float]:
@@ -177,7 +158,7 @@ def _layout(
     """Types and shapes of the tensors of all layers."""
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, (rows, columns) in shapes.items():
-        layout[f"{name}.weight"] = (torch.uint32, (rows, columns // _DIGITS_PER_WORD))
+        layout[f"{name}.weight"] = (torch.uint32, (rows, columns // DIGITS_PER_WORD))
         for part in PARTS[1:]:
             layout[f"{name}.{part}"] = (dtype, (rows, columns // sizes[name]))
     return layout
