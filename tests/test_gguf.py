@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ternq import hf
 from ternq.errors import InputError, RecipeError, VerificationError
-from ternq.formats import Exported, Options, gguf as ours
+from ternq.formats import Exported, Options
+from ternq.formats import gguf as ours
 from ternq.formats.gguf_codec import KINDS, Blocks, decode, encode, scales
 from ternq.formats.gguf_file import Header
 from ternq.formats.gguf_fit import ONE_ROUNDING, fitted
@@ -73,9 +74,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", WIDE | checkpoints.TIED),
     "qwen3": ("Qwen3Config", WIDE | {"head_dim": 32}),
     "big": ("LlamaConfig", WIDE | BIG),
-    "smollm": (
+    "ragged": (
         "LlamaConfig",
-        WIDE | {"hidden_size": 576, "intermediate_size": 512, "num_hidden_layers": 1},
+        WIDE | {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 1},
     ),
     "odd": ("LlamaConfig", WIDE | {"intermediate_size": 100, "num_hidden_layers": 1}),
 }
@@ -386,10 +387,473 @@ def test_the_type_is_the_smallest_that_fits(
 def test_a_layer_whose_rows_a_type_does_not_divide_gets_a_smaller_one(
     source: Callable[..., Source], tmp_path: Path
 ) -> None:
-    own = source("smollm", False, 256)
+    own = source("ragged", False, 256)
     path, result = export(own, tmp_path, encoding="tq2_0", exact=True)
     assert (result.encoding, result.reader[:5]) == ("Q2_0+TQ2_0", "ternq")
     types = {name: entry.type for name, entry in Header(path).tensors.items()}
     assert types["blk.0.attn_q.weight"] == KINDS["Q2_0"].id
     assert types["blk.0.ffn_down.weight"] == KINDS["TQ2_0"].id
-    assert "Q2_0, since blocks of 256 do not divide rows of 576" in result.notes[0]
+    assert "Q2_0, since blocks of 256 do not divide rows of 192" in result.notes[0]
+
+
+def test_the_header_says_what_llama_cpp_wants(
+    source: Callable[..., Source], tmp_path: Path
+) -> None:
+    path, _ = export(source("llama-tied-bias"), tmp_path)
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert {name: fields[name] for name in fields if name.startswith(("general", "llama"))} == {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "llama-tied-bias",
+        "general.quantization_version": 2,
+        "general.file_type": 3,
+        "llama.vocab_size": VOCABULARY,
+        "llama.context_length": 64,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": 5000.0,
+    }
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert "output.weight" not in types
+    assert (types["token_embd.weight"], types["output_norm.weight"]) == ("BF16", "F32")
+    assert types["blk.1.attn_k.bias"] == "F32"
+
+
+def test_frequencies_of_llama_3_are_divided_as_transformers_divides_them(
+    source: Callable[..., Source], tmp_path: Path
+) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    own = source("llama3")
+    path, _ = export(own, tmp_path)
+    factors = next(t for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight")
+    config = transformers.AutoConfig.from_pretrained(own.base)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 5000.0 ** -(torch.arange(0, 16, 2).double() / 16)
+    assert torch.allclose(torch.from_numpy(factors.data.copy()).double(), plain / scaled.double())
+    assert len({round(float(f), 3) for f in factors.data}) > 2  # 1, blends, and 8
+
+
+def test_linear_scaling_of_positions_is_said(source: Callable[..., Source]) -> None:
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    own = replace(source(), config={**source().config, "rope_parameters": rope})
+    settings = described(own).settings
+    assert settings["llama.rope.scaling.type"] == "linear"
+    assert settings["llama.rope.scaling.factor"] == 4.0
+    old = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 1e4}
+    config = {k: v for k, v in source().config.items() if k != "rope_parameters"}
+    assert described(replace(source(), config=config | old)).settings == settings
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"model_type": "gpt_neox"}, "of the type 'gpt_neox' are not written yet"),
+    ("llama", {"hidden_act": "gelu"}, "cannot express hidden_act = gelu"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "scaled by 'yarn'"),
+    ("qwen2", {"rope_parameters": LLAMA3}, "scaled by 'llama3'"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
+    ("qwen2", {"head_dim": 8}, "head_dim = 8"),
+    ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types = "),
+    ("llama-tied-bias", {"model_type": "qwen3"}, "no place for model.layers.0.mlp.down_proj.b"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "said"), REFUSED)
+def test_what_llama_cpp_cannot_run_is_refused(
+    source: Callable[..., Source], kind: str, change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    own = source(kind)
+    with pytest.raises(RecipeError, match=said) as caught:
+        export(replace(own, config={**own.config, **change}), tmp_path)
+    assert "--format dense" in str(caught.value.hint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_that_llama_cpp_ignores_is_noted(source: Callable[..., Source]) -> None:
+    own = source("of-mistral")
+    assert not described(replace(own, config={**own.config, "sliding_window": 64})).notes
+    (note,) = described(replace(own, config={**own.config, "sliding_window": 32})).notes
+    assert "looks back 32 tokens" in note
+
+
+def test_refusals_of_types(source: Callable[..., Source], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no type 'Q8_0'"):
+        export(source(), tmp_path, encoding="Q8_0")
+    with pytest.raises(RecipeError, match="rows of 100 weights, which blocks of 32"):
+        export(source("odd"), tmp_path)
+    with pytest.raises(RecipeError, match="its shift is rounded"):
+        export(source("llama", True), tmp_path, exact=True)
+    with pytest.raises(RecipeError, match="TQ2_0 does not hold layer model.layers.0.self_attn"):
+        export(source("big", True, 256), tmp_path, encoding="TQ2_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lossy_says_what_each_layer_lost(source: Callable[..., Source], tmp_path: Path) -> None:
+    own = source("big", True, 256)
+    path, result = export(own, tmp_path, encoding="TQ2_0", lossy=True)
+    assert set(result.lost) == set(own.modules) and not result.rounded
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
+    stored = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    meant = own.layer("model.layers.0.mlp.up_proj").dequantized()
+    error = float((stored - meant).norm() / meant.norm())
+    assert result.lost["model.layers.0.mlp.up_proj"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "part", ["blk.0.attn_q.weight", "blk.1.ffn_up.weight", "token_embd.weight"]
+)
+@pytest.mark.parametrize("kind", ["llama", "big"])
+def test_a_changed_byte_is_found(
+    source: Callable[..., Source],
+    kind: str,
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part = part.replace("blk.1", "blk.0") if kind == "big" else part
+    write = ours._write
+
+    def changed(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        at = Header(path).tensors[part].offset + 1
+        data = bytearray(path.read_bytes())
+        data[at] ^= 4
+        path.write_bytes(data)
+
+    monkeypatch.setattr(ours, "_write", changed)
+    with pytest.raises(VerificationError, match="is not in the file what was written"):
+        export(source(kind, False, 128 if kind == "big" else 32), tmp_path)
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def folder(path: Path, core: Tokenizer, **settings: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    core.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def split(pattern: str, invert: bool = False) -> Any:
+    how = "removed" if invert else "isolated"
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), how, invert),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("cut", "name"), SPLITS.items())
+def test_ways_to_cut_text_have_names(cut: tuple[str, bool], name: str, tmp_path: Path) -> None:
+    for invert in (False, True):
+        core = bpe(split(cut[0], invert))
+        core.model.ignore_merges = cut[1]
+        found = vocabulary(folder(tmp_path, core), VOCABULARY, {}, lossy=False)
+        assert (found.model, found.pre) == ("gpt2", name)
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    assert GGUF_PRE_TOKENIZER_SPLITS[name] == cut[0]
+
+
+def test_single_digits_are_smollm(tmp_path: Path) -> None:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core = bpe(pre_tokenizers.Sequence([digits, byte_level]))
+    found = vocabulary(folder(tmp_path, core), VOCABULARY, {}, lossy=False)
+    assert found.pre == "smollm"
+
+
+UNKNOWN_CUTS = [
+    split(r"\w+"),
+    pre_tokenizers.ByteLevel(add_prefix_space=True),
+    pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(False)]
+    ),
+    split(next(iter(SPLITS))[0]),  # Llama 3's, but with ignore_merges of another model
+]
+
+
+@pytest.mark.parametrize("number", range(len(UNKNOWN_CUTS)))
+def test_an_unknown_way_to_cut_is_refused_unless_lossy(number: int, tmp_path: Path) -> None:
+    core = bpe(UNKNOWN_CUTS[number])
+    if number == 3:
+        core = bpe(split(next(r for (r, _), name in SPLITS.items() if name == "qwen2")))
+        core.model.ignore_merges = True
+    base = folder(tmp_path, core)
+    with pytest.raises(RecipeError, match="cuts text in a way that llama.cpp has no name for"):
+        vocabulary(base, VOCABULARY, {}, lossy=False)
+    found = vocabulary(base, VOCABULARY, {}, lossy=True)
+    assert found.pre == "default" and "texts become other tokens" in found.notes[0]
+
+
+def test_normalizers(tmp_path: Path) -> None:
+    core = bpe()
+    core.normalizer = normalizers.NFC()
+    found = vocabulary(folder(tmp_path, core), VOCABULARY, {}, lossy=False)
+    assert found.pre == "gpt-2" and "NFC" in found.notes[0]
+    core.normalizer = normalizers.Lowercase()
+    with pytest.raises(RecipeError, match=r"changes text first \(Lowercase\)"):
+        vocabulary(folder(tmp_path, core), VOCABULARY, {}, lossy=False)
+
+
+def test_tokens_their_types_and_special_ones(tmp_path: Path) -> None:
+    core = bpe()
+    size = core.get_vocab_size()
+    core.add_special_tokens(["<bos>"])
+    core.add_tokens(["<think>"])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", size), ("<eos>", 0)]
+    )
+    settings = {"bos_token": {"content": "<bos>"}, "chat_template": "{{ messages }}"}
+    config = {"eos_token_id": [0, 5], "pad_token_id": 7}
+    found = vocabulary(folder(tmp_path, core, **settings), VOCABULARY, config, lossy=False)
+    assert len(found.tokens) == len(found.types) == VOCABULARY
+    assert found.tokens[size : size + 3] == ["<bos>", "<think>", f"[PAD{size + 2}]"]
+    assert (found.types[0], found.types[1]) == (3, 1)
+    assert found.types[size : size + 3] == [3, 4, 5]
+    assert found.ids == {"bos": size, "eos": 0, "padding": 7}
+    assert (found.add_bos, found.add_eos) == (True, True)
+    assert found.chat_template == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ other }}")
+    assert vocabulary(tmp_path, VOCABULARY, config, lossy=False).chat_template == "{{ other }}"
+    with pytest.raises(RecipeError, match="the embedding only 100 rows"):
+        vocabulary(tmp_path, 100, config, lossy=False)
+
+
+def sentencepiece(path: Path, shuffled: bool = False) -> Path:
+    """BPE with byte fallback as transformers makes it of a SentencePiece model."""
+    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    merges = [("▁", "c"), ("a", "t"), ("▁c", "at"), ("c", "at")]
+    pieces += ["▁", "a", "c", "t", "▁c", "at", "▁cat", "cat"]
+    if shuffled:
+        merges = [("c", "at"), ("▁", "c"), ("▁", "cat"), ("a", "t"), ("▁c", "at")]
+    core = Tokenizer(
+        models.BPE(
+            {p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True
+        )
+    )
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return folder(
+        path, core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True
+    )
+
+
+def test_sentencepiece_gets_scores_in_the_order_of_its_merges(tmp_path: Path) -> None:
+    found = vocabulary(sentencepiece(tmp_path), 270, {}, lossy=False)
+    assert (found.model, found.merges, found.add_bos, found.add_prefix) == (
+        "llama",
+        None,
+        True,
+        True,
+    )
+    assert found.types[:4] == [2, 3, 3, 6] and found.types[-4:] == [1, 5, 5, 5]
+    assert found.scores is not None
+    score = dict(zip(found.tokens, found.scores, strict=True))
+    assert [score[t] for t in ("▁c", "at", "▁cat", "cat", "a")] == [-1, -2, -3, -4, 0]
+    assert found.ids == {"bos": 1, "eos": 2, "unknown": 0}
+    with pytest.raises(RecipeError, match="in no order that scores can express"):
+        vocabulary(sentencepiece(tmp_path, shuffled=True), 270, {}, lossy=False)
+
+
+def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no tokenizer.json"):
+        vocabulary(tmp_path, 10, {}, lossy=False)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(RecipeError, match=r"The tokenizer \(WordLevel\) is neither"):
+        vocabulary(folder(tmp_path, words), 10, {}, lossy=False)
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    plain = Tokenizer(models.BPE(letters, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(RecipeError, match="has no merges"):
+        vocabulary(folder(tmp_path, plain), 256, {}, lossy=False)
+
+
+# --- files taken in -------------------------------------------------------------------------------
+
+WAYS = [
+    ("big", False, 256, "TQ1_0"),
+    ("big", False, 256, "TQ2_0"),
+    ("big", False, 512, "TQ2_0"),
+    ("big", False, 128, "Q2_0"),
+    ("ragged", False, 128, "Q2_0"),
+    ("ragged", False, 256, "TQ2_0"),
+    ("llama", False, 32, "Q4_1"),
+    ("llama-tied-bias", True, 64, "Q4_1"),
+    ("qwen2", True, 32, "Q4_1"),
+    ("qwen3", True, 32, "Q4_1"),
+    ("llama3", False, 32, "Q4_1"),
+    ("big", True, 256, "Q2_K"),
+]
+
+
+@pytest.mark.parametrize(("kind", "shift", "size", "encoding"), WAYS)
+def test_a_file_gives_back_its_source(
+    source: Callable[..., Source],
+    kind: str,
+    shift: bool,
+    size: int,
+    encoding: str,
+    tmp_path: Path,
+) -> None:
+    own = source(kind, shift, size)
+    path, _ = export(own, tmp_path, encoding=encoding)
+    with opened(path) as again:
+        assert again.config == own.config
+        assert (again.group_size, again.shift, again.dtype) == (size, shift, own.dtype)
+        assert set(again.modules) == set(own.modules) and again.others == own.others
+        for name, one in own.layers():
+            other = again.layer(name)
+            assert torch.equal(other.codes, one.codes) and torch.equal(other.scale, one.scale)
+            if one.shift is not None and other.shift is not None:
+                error = (other.shift.float() - one.shift.float()).abs()
+                assert bool((error <= 2 * ONE_ROUNDING * one.scale.clamp(min=1e-4)).all())
+        for name in own.others:
+            assert torch.equal(again.tensor(name), own.tensor(name))
+        theirs, mine = (AutoTokenizer.from_pretrained(s.base) for s in (again, own))
+        for text in (tiny.text(20), "Käse 12345, it's\n\n<eos> x"):
+            assert theirs(text)["input_ids"] == mine(text)["input_ids"]
+    assert not again.base.exists()
+
+
+def rewritten(path: Path, change: Callable[[str, Any], Any]) -> Path:
+    """The file written anew by gguf-py with other values, or without keys where None is given."""
+    reader = gguf.GGUFReader(path)
+    new = path.with_name("other.gguf")
+    writer = gguf.GGUFWriter(new, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        value = change(name, field.contents())
+        if not name.startswith("GGUF.") and name != "general.architecture" and value is not None:
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, value, field.types[0], sub)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return new
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "size", "found"),
+    [("big", False, 256, 256), ("qwen3", True, 64, 64), ("llama", False, 96, 96)],
+)
+def test_a_file_of_another_program_is_understood_by_itself(
+    source: Callable[..., Source], kind: str, shift: bool, size: int, found: int, tmp_path: Path
+) -> None:
+    own = source(kind, shift, size)
+    path, _ = export(own, tmp_path)
+    plain = rewritten(path, lambda name, value: None if name == ours.OWN_KEY else value)
+    with opened(plain) as again:
+        assert (again.group_size, again.shift) == (found, shift)
+        for name, one in own.layers():
+            other = again.layer(name)
+            assert torch.equal(other.codes, one.codes) and torch.equal(other.scale, one.scale)
+        keys = ("head_dim", "rms_norm_eps", "tie_word_embeddings", "hidden_size")
+        assert {k: again.config[k] for k in keys} == {k: pytest.approx(own.config[k]) for k in keys}
+
+
+def test_single_digits_stay(source: Callable[..., Source], tmp_path: Path) -> None:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core = bpe(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)]))
+    base = folder(tmp_path / "base", core, bos_token="<eos>", eos_token="<eos>")
+    path, _ = export(replace(source(), base=base), tmp_path / "out")
+    with opened(path) as again:
+        cut = json.loads((again.base / "tokenizer.json").read_text())["pre_tokenizer"]
+        assert [step["type"] for step in cut["pretokenizers"]] == ["Digits", "ByteLevel"]
+
+
+def test_a_code_that_is_none_is_refused(source: Callable[..., Source], tmp_path: Path) -> None:
+    path, _ = export(source("big", False, 128), tmp_path)
+    header = Header(path)
+    entry = header.tensors["blk.0.ffn_up.weight"]
+    data = bytearray(path.read_bytes())
+    data[entry.offset + 7 * 256 // 64 * 18 + 2] |= 3  # row 7, its first code
+    path.write_bytes(data)
+    with opened(path) as again, pytest.raises(InputError) as caught:
+        again.layer("model.layers.0.mlp.up_proj")
+    assert "blk.0.ffn_up.weight, row 7 holds the value 3" in caught.value.message
+
+
+def test_four_bit_weights_are_not_ternary(source: Callable[..., Source], tmp_path: Path) -> None:
+    path, _ = export(source(), tmp_path)
+    entry = Header(path).tensors["blk.0.ffn_up.weight"]
+    data = bytearray(path.read_bytes())
+    data[entry.offset + 4 : entry.offset + 20] = bytes(range(0, 256, 16))
+    path.write_bytes(data)
+    with opened(path) as again, pytest.raises(InputError, match=r"row 0 has 16 levels; a ternary"):
+        again.layer("model.layers.0.mlp.up_proj")
+
+
+def test_a_file_without_ternary_layers_is_refused(
+    source: Callable[..., Source], tmp_path: Path
+) -> None:
+    own = source("big", False, 256)
+    path, _ = export(own, tmp_path)
+    reader = gguf.GGUFReader(path)
+    new = tmp_path / "dense.gguf"
+    writer = gguf.GGUFWriter(new, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="none of its linear layers is TQ1_0"), opened(new):
+        pass
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "is not a GGUF file"),
+    "another file": (lambda data: b"PK" + data[2:], "is not a GGUF file"),
+    "version": (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "version or byte order"),
+    "big-endian": (lambda data: data[:4] + struct.pack(">I", 3) + data[8:], "byte order"),
+    "counts": (lambda data: data[:8] + b"\xff" * 8 + data[16:], "is damaged: it counts"),
+    "cut header": (lambda data: data[:400], "is damaged"),
+    "cut data": (lambda data: data[:-40_000], "is damaged: it ends inside"),
+    "key's type": (lambda data: _with(data, b"general.type", 77), "value of unknown type 77"),
+}
+
+
+def _with(data: bytes, key: bytes, kind: int) -> bytes:
+    at = data.index(key) + len(key)
+    return data[:at] + struct.pack("<I", kind) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_files_are_refused(
+    source: Callable[..., Source], kind: str, tmp_path: Path
+) -> None:
+    path, _ = export(source(), tmp_path)
+    change, said = DAMAGES[kind]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=said), opened(path) as again:
+        for name in again.modules:
+            again.layer(name)
+
+
+def test_gguf_py_reads_the_header_alone(source: Callable[..., Source], tmp_path: Path) -> None:
+    path, _ = export(source("big", False, 128), tmp_path)
+    with pytest.raises(ValueError, match="42"):
+        gguf.GGUFReader(path)  # once it can, Q2_0 needs no decoder of ours
+    Header(path).without_data(tmp_path / "header.gguf")
+    reader = gguf.GGUFReader(tmp_path / "header.gguf")
+    assert [tensor.name for tensor in reader.tensors] == list(Header(path).tensors)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert tokens == Header(path).fields["tokenizer.ggml.tokens"]
