@@ -216,8 +216,8 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     flags = {key: given.pop(key) for key in ("json", "quiet", "verbose", "no_progress", "help_all")}
     session.command, session.quiet, session.verbose = name, flags["quiet"], flags["verbose"]
     session.summary_md = given.pop("summary_md", None)
-    if "out" in given and given["out"] is None and given["model"]:
-        given["out"] = default_out(given["model"])
+    if "out" in given and given["out"] is None and given["model"] and not given.get("verify"):
+        given["out"] = default_out(given["model"], given.get("format"))
     session.payload = {key: given.get(key) for key in ("model", "out", "seed")}
     _check_appendable(session.summary_md)
     _set_environment(session.verbose, given.get("offline", False))
@@ -236,9 +236,10 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     session.finished = True
 
 
-def default_out(model: str) -> Path:
-    """``<model name>-ternary`` in the working folder."""
-    return Path(f"{display_name(model)}-ternary")
+def default_out(model: str, format: str | None = None) -> Path:
+    """``<model name>-ternary`` in the working folder; another format is named instead."""
+    kind = "ternary" if format in (None, "ternq") else format
+    return Path(f"{display_name(model)}-{kind}")
 
 
 def _check_appendable(path: Path | None) -> None:

@@ -61,8 +61,11 @@ print(generate(*load("{name}"), "Once"))
 _LIBRARY = {"mlx": "mlx", "gguf": "gguf"}
 
 
-def card(name: str, source: Source, about: Facts, file: str = "model.gguf") -> str:
-    """The text of ``README.md``; ``about`` is what goes into the manifest beside the files."""
+def card(name: str, source: Source, about: Facts, file: str = "") -> str:
+    """The text of ``README.md``; ``about`` is what goes into the manifest beside the files.
+
+    ``file`` is the one to load, where it is not the folder.
+    """
     base = about.get("base_model") or {}
     loading = _LOADING[about["format"]].format(
         name=name, encoding=about.get("encoding", ""), file=file

@@ -255,7 +255,7 @@ def pack(
     from ternq.pack import verify as check
 
     if verify is not None:
-        if out is not None and out != boundary.default_out(model or ""):
+        if out is not None:
             raise UsageMistake("--verify writes nothing, so -o has no meaning beside it.")
         checked = check(verify, model, progress=progress, **settings)
         return {"model": str(verify), "out": None, **checked}

@@ -160,6 +160,8 @@ def _scheme(
     if found is not None:
         return found
     for name, (places, rows) in samples.items():
+        if scheme_of([rows], group_size) is not None:
+            continue
         size = min(group_size or 128, rows.shape[1])
         try:
             recover(rows, size, shift=True)
@@ -168,9 +170,9 @@ def _scheme(
         except ValueError as error:
             raise InputError(f"'{model}' cannot be packed: {name}: {error}.") from error
     raise InputError(
-        f"'{model}' is ternary by value in groups of {group_size or 128}, but its layers agree on "
-        "no group size.",
-        "Name one with --group-size, or leave layers out with --skip.",
+        f"The layers of '{model}' are ternary by value, but no group size from 16 up fits them "
+        "all.",
+        "Leave some of them dense with --skip.",
     )
 
 

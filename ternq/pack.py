@@ -21,7 +21,7 @@ from ternq.linear import Dense, decoder_blocks, dense_parts, packed_layers
 from ternq.modeling_ternq import is_linear
 from ternq.progress import Event, Progress, ignore
 from ternq.source import Source, of_model
-from ternq.weights import stored_dtype
+from ternq.weights import stored_dtype, with_file
 
 __all__ = ["Options", "pack", "verify"]
 
@@ -70,7 +70,8 @@ def pack(
                 made = _foreign(source, staged, format, options, progress)
             made |= measure(staged) if measure else {}
             about = {**source.about, **made, **(extra or {})}
-            text = card(out.name, source, about)
+            file = next((path.name for path in staged.glob("*.gguf")), "")
+            text = card(out.name, source, about, file)
             (staged / "README.md").write_text(text, encoding="utf-8")
             kept = {k: v for k, v in about.items() if k not in ("notes", "dense_layers")}
             name = checkpoint.MANIFEST if format == "ternq" else checkpoint.EXPORT_MANIFEST
@@ -149,11 +150,9 @@ def _ternq(
         written = artefact.write(source, folder, dtype, embeddings == "int8", progress)
         _refuse_rounding(source, exact)
         verified = proof.prove(source, folder, written, progress)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    weights = written.tally.summary()
     return {
         "format": "ternq",
-        "weights": weights | {"bpw_file": 8 * size / weights["parameters"]},
+        "weights": with_file(written.tally.summary(), folder),
         "verify": verified | {"rounded": source.rounded, "int8_error": written.int8_errors},
         "dense_layers": [vars(d) for d in _dense(source)],
         "dtype_note": note,

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ternq.ternary import TernaryWeight, group_lengths, grouped, ungrouped
 
-_GROUPS = tuple(2**k for k in range(14, 3, -1))  # 16384 ... 16, tried after a whole row
+_POWERS = tuple(2**k for k in range(4, 15))  # 16 ... 16384
+_SHARDS = range(1, 17)  # a scale for each of so many parts of a row: models trained in parallel
 _BLOCK = 2**20  # weights looked at in one go, so that the passes over them stay in the cache
-_STEPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # of float16; half a step of bfloat16 is four of them
+_PARTS = (0.0, *(sign * part / 8 for part in range(1, 9) for sign in (1, -1)))
 _PAIRS = ((-1, 1), (0, 1), (-1, 0))  # codes that two values of a group may have
 
 
@@ -76,22 +77,17 @@ def recover(weight: Tensor, group_size: int, shift: bool) -> Recovered:
 def scheme_of(samples: Sequence[Tensor], group_size: int | None = None) -> tuple[int, bool] | None:
     """The largest group size, and whether shifts are needed, for rows ``[n, in]`` of all layers.
 
-    A layer whose rows are one group each fits any size; if all are so, the size is the longest
-    row. None if no size from 16 up makes all of them ternary.
+    Tried are whole rows, their equal parts, and powers of two, down to 16; without shifts first.
+    None if nothing makes all of them ternary.
     """
-    longest = max(sample.shape[1] for sample in samples)
+    widths = {sample.shape[1] for sample in samples}
+    parts = {width // n for width in widths for n in _SHARDS if width % n == 0}
+    sizes = sorted({n for n in parts | {*_POWERS} if n >= min(_POWERS)} | {max(widths)})
     for shift in (False, True):
-        sizes = [_largest_group(sample, shift, group_size) for sample in samples]
-        if all(sizes):
-            cut = [n for n, s in zip(sizes, samples, strict=True) if n and n < s.shape[1]]
-            return group_size or min(cut, default=longest), shift
+        for size in [group_size] if group_size else reversed(sizes):
+            if size <= max(widths) and all(_is_ternary(s, size, shift) for s in samples):
+                return size, shift
     return None
-
-
-def _largest_group(sample: Tensor, shift: bool, group_size: int | None) -> int | None:
-    columns = sample.shape[1]
-    tried = [group_size] if group_size else [columns, *(g for g in _GROUPS if g < columns)]
-    return next((g for g in tried if _is_ternary(sample, g, shift)), None)
 
 
 def _is_ternary(sample: Tensor, group_size: int, shift: bool) -> bool:
@@ -170,34 +166,39 @@ def _solved(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Float16 scale and shift ``[rows, groups]``, as doubles, that round to the values seen.
 
-    Tried are the float16 numbers around the exact solution: a rounded value stands for a whole
-    interval. Also returned is where they were found.
+    A value stands for the interval that is rounded to it. Shifts are tried across the interval of
+    the value whose code is 0 (or around the middle of the two values), and with each a scale from
+    the interval that the shift leaves. Also returned is where they were found.
     """
     exact = (high - low) / (pair[1] - pair[0])
     offset = torch.where(three, middle, low - pair[0] * exact)
-    scale, shift = exact.half(), offset.half()
-    found = torch.zeros_like(three)
-    for a in _STEPS:
-        for b in _STEPS:
-            s, h = _moved(exact.half(), b).double(), _moved(offset.half(), a).double()
+    wide_low, wide_high = _half_step(low, dtype), _half_step(high, dtype)
+    width = {0: wide_low, -1: (wide_low + wide_high) / 2}[pair[0]]
+    width = torch.where(three, _half_step(middle, dtype), wide_high if pair[1] == 0 else width)
+    scale, shift, found = exact, offset, torch.zeros_like(three)
+    for part in _PARTS:
+        h = (offset + part * width).half().double()
+        above = (high - h, wide_high) if pair[1] else (h - low, wide_low)
+        below = (h - low, wide_low) if pair[0] else above
+        first = torch.maximum(above[0] - above[1], below[0] - below[1])
+        last = torch.minimum(above[0] + above[1], below[0] + below[1])
+        for where in (0.5, 0.25, 0.75, 0.0, 1.0):
+            s = (first + where * (last - first)).half().double()
             fits = ((h + pair[0] * s).to(dtype).double() == low) & (s > 0)
             fits &= (h + pair[1] * s).to(dtype).double() == high
             fits &= ~three | (h.to(dtype).double() == middle)
             new = fits & ~found
-            scale, shift = torch.where(new, s.half(), scale), torch.where(new, h.half(), shift)
-            found |= fits
-            if bool((found | (low == high)).all()):
-                return scale.double(), shift.double(), found
-    return (
-        torch.where(found, scale.double(), exact),
-        torch.where(found, shift.double(), offset),
-        found,
-    )
+            scale, shift = torch.where(new, s, scale), torch.where(new, h, shift)
+            found = found | fits
+        if bool((found | (low == high)).all()):
+            break
+    return scale, shift, found
 
 
-def _moved(half: Tensor, steps: int) -> Tensor:
-    """The float16 number so many steps away from zero."""
-    return (half.view(torch.int16) + steps).view(torch.float16)
+def _half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance to the next number of the type: how far a rounded value may be off."""
+    exponent = torch.frexp(values).exponent - 1
+    return torch.ldexp(torch.full_like(values, torch.finfo(dtype).eps / 2), exponent)
 
 
 def _half(name: str, values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Payload = Mapping[str, Any]
+_SIZES = ("bits/weight of linears", "embeddings", "file", "size")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def tables(payload: Payload) -> Iterator[Table]:
     elif "weights" in payload:
         weights = payload["weights"]
         row = (_names(payload.get("model")), *_cells(weights, _size(payload)))
-        yield Table("Packed", ("", "bits/weight of linears", "of all", "size"), [row])
+        title = "Packed" if payload.get("out") else "Checked"
+        yield Table(title, ("", *_SIZES), [row])
     if "results" in payload and "student" not in payload:
         yield from _results(payload)
     if payload.get("gates"):
@@ -109,8 +111,11 @@ def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
         text = payload["student"]["text"]
         yield "gap closed", f"{closed:.1%} of the log perplexity that rounding loses, on {text}"
     if weights := payload.get("weights"):
-        ternary = f"{weights['coverage']:.1%} of the parameters; {weights['zero_share']:.1%} of"
-        yield "ternary", f"{ternary} their codes are zero"
+        ternary = f"{weights['coverage']:.1%} of the parameters"
+        zeros = weights.get("zero_share")
+        yield "ternary", ternary + (f"; {zeros:.1%} of their codes are zero" if zeros else "")
+    if payload.get("encoding"):
+        yield "encoding", str(payload["encoding"])
     if dense := payload.get("dense_layers"):
         yield "left dense", "\n".join(_dense(dense))
     if verify := payload.get("verify"):
@@ -124,7 +129,7 @@ def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
             yield who, sample["prompt"] + sample[who]
     if payload.get("out") and "plan" not in payload:
         yield "written to", str(payload["out"])
-        yield "next", _next(command, str(payload["out"]))
+        yield "next", _next(payload)
 
 
 def gap_closed(payload: Payload) -> float | None:
@@ -159,7 +164,7 @@ def size(count: float) -> str:
 def _quality(payload: Payload) -> Table:
     weights = payload["weights"]
     packed = _cells(weights, _size(payload))
-    dense = ("16", "16", size(weights["bytes_dense_bf16"]))
+    dense = ("16", "16", "16", size(weights["bytes_dense_bf16"]))
     names = {
         "teacher": ("teacher (bf16)", dense),
         "untrained": ("ternary, only rounded", packed),
@@ -170,12 +175,15 @@ def _quality(payload: Payload) -> Table:
         for who, (label, cells) in names.items()
         if payload.get(who)
     ]
-    header = ("", "perplexity", "bits/weight of linears", "of all", "size")
+    header = ("", "perplexity", *_SIZES)
     return Table(f"{_names(payload.get('model'))}: token perplexity on held-out text", header, rows)
 
 
-def _cells(weights: Payload, count: float) -> tuple[str, str, str]:
-    return f"{weights['bpw_linear']:.3f}", f"{weights['bpw_total']:.3f}", size(count)
+def _cells(weights: Payload, count: float) -> tuple[str, str, str, str]:
+    """The columns `_SIZES`."""
+    keys = ("bpw_linear", "bpw_embeddings", "bpw_file")
+    bits = ["–" if weights.get(key) is None else f"{weights[key]:.3f}" for key in keys]
+    return bits[0], bits[1], bits[2], size(count)
 
 
 def _size(payload: Payload) -> int:
@@ -224,16 +232,32 @@ def _dense(layers: Sequence[Payload]) -> Iterator[str]:
 
 
 def _verified(verify: Payload) -> str:
-    difference = verify.get("max_abs_logit_diff")
-    if difference is None:
-        return f"{verify['checked']} layers and the SHA-256 of every file"
-    logits = f"logits differ by at most {difference:.2g}"
-    return f"{verify['checked']} layers are what was trained; {logits}; SHA-256 of every file"
+    """What was proved, and what was lost on the way."""
+    parts = [f"{verify['checked']} layers, to the bit"]
+    if verify.get("reader"):
+        parts.append(f"read back by {verify['reader']}")
+    if verify.get("max_abs_logit_diff") is not None:
+        parts.append(f"logits differ by at most {verify['max_abs_logit_diff']:.2g}")
+    for key, text in _LOSSES.items():
+        if found := verify.get(key):
+            name = max(found, key=lambda n: found[n])
+            parts.append(f"{text.format(found[name])} ({name}; {len(found)} in all)")
+    return "; ".join([*parts, "SHA-256 of every file"])
 
 
-def _next(command: Any, out: str) -> str:
-    if command == "distill":
+_LOSSES = {
+    "rounded": "largest rounding {:.2g} of a scale",
+    "lost": "LOSSY: relative error up to {:.2g}",
+    "int8_error": "8-bit rows have a relative error of {:.2g}",
+}
+
+
+def _next(payload: Payload) -> str:
+    out = payload["out"]
+    if payload.get("command") == "distill":
         return f"ternq pack {out}"
+    if payload.get("format", "ternq") != "ternq":
+        return f"{out}/README.md says how to load it"
     return f'ternq generate {out} "Once"'
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PART = 2**22  # weights that are looked at in one go where a whole layer would take memory
 THRESHOLD = 0.7  # of the group's mean absolute value: TWN's rule
 
 
@@ -41,6 +42,21 @@ class TernaryWeight:
         form = canonical(self.codes, self.scale, self.shift, self.group_size)
         return TernaryWeight(*form, self.group_size)
 
+    def is_canonical(self) -> bool:
+        """Whether it is in the one stored form; rows are looked at in parts, to save memory.
+
+        Raises:
+            ValueError: a scale or shift is not finite.
+        """
+        step = max(1, _PART // max(1, self.codes.shape[1]))
+        parts = (self.rows(n, n + step) for n in range(0, len(self.codes), step))
+        return all(part.same(part.canonical()) for part in parts)
+
+    def rows(self, first: int, last: int) -> "TernaryWeight":
+        """The weight of rows ``first`` to ``last - 1``."""
+        shift = None if self.shift is None else self.shift[first:last]
+        return TernaryWeight(self.codes[first:last], self.scale[first:last], shift, self.group_size)
+
     def same(self, other: "TernaryWeight") -> bool:
         """Whether the other holds the same numbers, to the bit."""
         pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.shift, other.shift))
@@ -64,8 +80,12 @@ def group_lengths(columns: int, group_size: int, device: Any = None) -> Tensor:
 
 
 def grouped(matrix: Tensor, group_size: int) -> Tensor:
-    """``[out, in]`` as ``[out, groups, group_size]``; a short last group is filled with zeros."""
+    """``[out, in]`` as ``[out, groups, group_size]``; a short last group is filled with zeros.
+
+    A group that is wider than the row is as wide as the row: ``[out, 1, in]``.
+    """
     rows, columns = matrix.shape
+    group_size = min(group_size, columns)
     groups = n_groups(columns, group_size)
     missing = groups * group_size - columns
     padded = F.pad(matrix, (0, missing)) if missing else matrix

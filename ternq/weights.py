@@ -1,6 +1,7 @@
 """What a ternary model weighs: coverage, bits per weight, share of zeros. All of it counted."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ class Tally:
             "zero_share": self.zeros / self.linear,
             "parameters": everything,
         }
+
+
+def with_file(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with ``bpw_file``: all that the folder's tensor files hold, per parameter."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return weights | {"bpw_file": 8 * size / weights["parameters"]}
 
 
 def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
