@@ -8,9 +8,11 @@ The file is written tensor by tensor and read back by gguf-py, which decodes wha
 which it does not, is decoded by `ternq.formats.gguf_codec`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ternq.errors import RecipeError, VerificationError
 from ternq.formats import Exported, Options
 from ternq.formats.gguf_codec import KINDS, Kind, encode
 from ternq.formats.gguf_file import Header
-from ternq.formats.gguf_fit import Fitted, fitted, smallest
+from ternq.formats.gguf_fit import fitted, smallest
 from ternq.formats.gguf_models import ROPE_FACTORS, Model, described, interleaved, uninterleaved
 from ternq.formats.gguf_tokenizer import Vocabulary, vocabulary
 from ternq.progress import Event, Progress
@@ -35,7 +37,11 @@ _DENSE_NAMES = {0: "F32", 1: "F16", 30: "BF16"}
 
 @dataclass
 class _Plan:
-    """What goes into the file, in order."""
+    """What goes into the file, and what came of it.
+
+    ``meant`` has the SHA-256 of the values of every tensor that was written, in float32 and with
+    rows as transformers has them.
+    """
 
     source: Source
     model: Model
@@ -43,11 +49,26 @@ class _Plan:
     options: Options
     rounded: dict[str, float] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
+    meant: dict[str, bytes] = field(default_factory=dict)
 
-    def fitted(self, module: str) -> Fitted:
-        """A layer in blocks, its rows as transformers has them."""
-        weight = self.source.layer(module)
-        return fitted(module, weight, self.kinds[module], self.options.exact, self.options.lossy)
+    def packed(self, module: str) -> Tensor:
+        """The bytes of a layer; what it lost is noted."""
+        kind, options = self.kinds[module], self.options
+        fit = fitted(module, self.source.layer(module), kind, options.exact, options.lossy)
+        if fit.lost is not None:
+            self.lost[module] = fit.lost
+        elif fit.error:
+            self.rounded[module] = fit.error
+        name = f"{module}.weight"
+        self.meant[name] = _digest(fit.blocks.values())
+        return self.rows(name, encode(kind, fit.blocks))
+
+    def dense(self, name: str, wide: bool) -> Tensor:
+        """The bytes of another tensor; ``wide`` makes it float32."""
+        tensor = self.source.tensor(name)
+        self.meant[name] = _digest(tensor.float())
+        rows = self.rows(name, tensor).contiguous()
+        return rows.float() if wide else rows.view(torch.uint8)
 
     @property
     def usual(self) -> Kind:
@@ -73,13 +94,6 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     size = _embedding_rows(source, model)
     tokens = vocabulary(source.base, size, source.config, options.lossy)
     plan = _Plan(source, model, kinds, options)
-    for module in source.modules:
-        fit = plan.fitted(module)
-        if fit.lost is not None:
-            plan.lost[module] = fit.lost
-        elif fit.error:
-            plan.rounded[module] = fit.error
-        progress(Event("plan", module))
     path = folder / f"{source.name}-{plan.usual.name}.gguf"
     _write(path, plan, tokens, progress)
     reader = _verify(path, plan, progress)
@@ -150,44 +164,56 @@ def _embedding_rows(source: Source, model: Model) -> int:
 def _write(path: Path, plan: _Plan, tokens: Vocabulary, progress: Progress) -> None:
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, plan.model.architecture)
+    parts = list(_parts(plan))
+    writer: Any = GGUFWriter(path, plan.model.architecture)  # takes ids of types it has no name for
     try:
         _add_settings(writer, plan)
         _add_tokens(writer, tokens)
-        _add_infos(writer, plan)
+        for part in parts:
+            writer.add_tensor_info(*part.info, raw_dtype=part.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        parts = list(_parts(plan))
-        for done, (name, _, _, data) in enumerate(parts, 1):
-            writer.write_tensor_data(data().numpy())
-            progress(Event("pack", name, done=done, total=len(parts)))
-    finally:
+        for done, part in enumerate(parts, 1):
+            writer.write_tensor_data(part.data().numpy())
+            progress(Event("pack", done=done, total=len(parts)))
+    except BaseException:
         writer.close()
+        path.unlink(missing_ok=True)
+        raise
+    writer.close()
 
 
-def _parts(plan: _Plan) -> Iterator[tuple[str, int, tuple[int, ...], Callable[[], Tensor]]]:
-    """Name, type's id, shape and bytes of every tensor, ternary layers last."""
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the file: its name there, its type's id, its shape, and who makes its bytes."""
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    data: Callable[[], Tensor]
+
+    @property
+    def info(self) -> tuple[Any, ...]:
+        """What gguf-py's writer is told of it; the type of its numbers is given apart."""
+        import numpy as np
+
+        return self.name, self.shape, np.dtype(np.int8), _bytes(self.type, self.shape)
+
+
+def _parts(plan: _Plan) -> Iterator[_Part]:
+    """Every tensor, ternary layers last."""
     source, names = plan.source, plan.model.names
-    if plan.model.rope_factors is not None:
-        factors = plan.model.rope_factors
-        yield ROPE_FACTORS, 0, tuple(factors.shape), lambda: factors
+    factors = plan.model.rope_factors
+    if factors is not None:
+        yield _Part(ROPE_FACTORS, 0, tuple(factors.shape), lambda: factors)
     for name, (dtype, shape) in source.others.items():
         kind = _dense_type(name, dtype, shape)
-
-        def dense(name: str = name, kind: int = kind) -> Tensor:
-            tensor = plan.rows(name, source.tensor(name)).contiguous()
-            return tensor.float() if kind == 0 else tensor.view(torch.uint8)
-
-        yield names[name], kind, shape, dense
+        yield _Part(names[name], kind, shape, partial(plan.dense, name, kind == 0))
     for module in source.modules:
         columns, rows = source.size(module)
-
-        def packed(module: str = module) -> Tensor:
-            data = encode(plan.kinds[module], plan.fitted(module).blocks)
-            return plan.rows(f"{module}.weight", data)
-
-        yield names[f"{module}.weight"], plan.kinds[module].id, (rows, columns), packed
+        data = partial(plan.packed, module)
+        yield _Part(names[f"{module}.weight"], plan.kinds[module].id, (rows, columns), data)
 
 
 def _dense_type(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -201,14 +227,6 @@ def _bytes(kind: int, shape: tuple[int, ...]) -> int:
     of = {0: (1, 4), 1: (1, 2), 30: (1, 2)} | {k.id: (k.block, k.bytes) for k in KINDS.values()}
     block, size = of[kind]
     return torch.Size(shape).numel() // block * size
-
-
-def _add_infos(writer: Any, plan: _Plan) -> None:
-    import numpy as np
-
-    for name, kind, shape, _ in _parts(plan):
-        size = _bytes(kind, shape)
-        writer.add_tensor_info(name, shape, np.dtype(np.int8), size, raw_dtype=kind)
 
 
 def _add_settings(writer: Any, plan: _Plan) -> None:
@@ -260,38 +278,25 @@ def _add_tokens(writer: Any, tokens: Vocabulary) -> None:
 def _verify(path: Path, plan: _Plan, progress: Progress) -> str:
     """Compare every tensor of the file with what was meant; returns who read it."""
     read, reader = _values_of(path, set(plan.kinds.values()))
-    source, names = plan.source, plan.model.names
-    expected = set(names.values()) | (
-        {ROPE_FACTORS} if plan.model.rope_factors is not None else set()
-    )
-    header = Header(path)
-    if set(header.tensors) != expected:
-        wrong = min(set(header.tensors) ^ expected)
-        raise VerificationError(
-            f"{path.name} has other tensors than were written, such as {wrong}."
-        )
-    if plan.model.rope_factors is not None:
-        _compare(ROPE_FACTORS, read(ROPE_FACTORS), plan.model.rope_factors)
-    for name in source.others:
-        _compare(name, _own_rows(plan, name, read(names[name])), source.tensor(name).float())
-    for done, module in enumerate(source.modules, 1):
-        name = f"{module}.weight"
-        stored = _own_rows(plan, name, read(names[name]))
-        _compare(name, stored, plan.fitted(module).blocks.values())
-        if module not in plan.rounded and module not in plan.lost:
-            _compare(name, stored, source.layer(module).dequantized())
-        progress(Event("verify", done=done, total=len(source.modules)))
+    names, factors = plan.model.names, plan.model.rope_factors
+    expected = set(names.values()) | (set() if factors is None else {ROPE_FACTORS})
+    wrong = set(Header(path).tensors) ^ expected
+    if wrong:
+        raise VerificationError(f"{path.name} lacks {min(wrong)}, or has it against the plan.")
+    if factors is not None and not torch.equal(read(ROPE_FACTORS), factors):
+        raise VerificationError(f"{ROPE_FACTORS} is not in the file what was written.")
+    for done, (name, meant) in enumerate(plan.meant.items(), 1):
+        heads = plan.model.heads.get(name)
+        stored = read(names[name])
+        if _digest(stored if heads is None else uninterleaved(stored, heads)) != meant:
+            raise VerificationError(f"{name} is not in the file what was written.")
+        progress(Event("verify", done=done, total=len(plan.meant)))
     return reader
 
 
-def _own_rows(plan: _Plan, name: str, tensor: Tensor) -> Tensor:
-    heads = plan.model.heads.get(name)
-    return tensor if heads is None else uninterleaved(tensor, heads)
-
-
-def _compare(name: str, stored: Tensor, meant: Tensor) -> None:
-    if not torch.equal(stored, meant):
-        raise VerificationError(f"{name} is not in the file what was written.")
+def _digest(values: Tensor) -> bytes:
+    """SHA-256 of float32 values; -0 counts as 0."""
+    return hashlib.sha256((values + 0.0).contiguous().numpy().data).digest()
 
 
 def _values_of(path: Path, kinds: set[Kind]) -> tuple[Callable[[str], Tensor], str]:
