@@ -4,13 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ternq import checkpoint, ternary
+from ternq.pack import verify
 from ternq.packing import pack_base3, unpack_base3
+from ternq.source import open_artefact
 
 PAGE = Path(__file__).parents[1].joinpath("docs", "format.md").read_text(encoding="utf-8")
 CODES = torch.tensor([[1, 0, -1, 0, 0, 1, 1], [-1, -1, 0, 1, 0, 0, -1]], dtype=torch.int8)
@@ -70,3 +73,29 @@ def test_the_reader_of_the_page(
     checkpoint.save_tensors(layer(*stored), tmp_path / "x.safetensors")
     weight = reader()(tmp_path / "x.safetensors", "q", columns, group_size)
     assert np.allclose(weight, ternary.dequantize(*stored, group_size), rtol=1e-6, atol=1e-7)
+
+
+# --- golden files ---------------------------------------------------------------------------------
+
+
+def test_the_golden_artefact_is_read_for_ever() -> None:
+    checked = verify(golden.FOLDER)
+    assert checked["verify"]["checked"] == 7
+    source = open_artefact(golden.FOLDER)
+    read = reader()
+    for number, (name, weight) in enumerate(source.layers()):
+        columns, rows = source.size(name)
+        codes, scale, shift = golden.numbers(rows, columns, number)
+        assert weight.same(ternary.TernaryWeight(codes, scale, shift, golden.GROUP_SIZE))
+        plain = read(golden.FOLDER / checkpoint.TENSORS, name, columns, golden.GROUP_SIZE)
+        assert np.array_equal(plain, weight.dequantized().numpy())
+
+
+def test_the_golden_artefact_is_written_again_to_the_byte(tmp_path: Path) -> None:
+    golden.make(tmp_path / "again")
+    folders = (golden.FOLDER, tmp_path / "again")
+    ours, theirs = ((folder / checkpoint.TENSORS).read_bytes() for folder in folders)
+    assert ours == theirs
+    ours, theirs = (checkpoint.read_json(folder / "config.json") for folder in folders)
+    for key in ("quantization_config", "auto_map", "dtype"):  # others are transformers' own
+        assert ours[key] == theirs[key]

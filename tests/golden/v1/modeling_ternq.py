@@ -1,0 +1,311 @@
+"""Packed ternary models in transformers: layers, configuration and quantizer, in one file.
+
+It needs torch and transformers alone, and nothing of ternq: a copy of it lies in every artefact, so
+that ``from_pretrained(..., trust_remote_code=True)`` loads one where ternq is not installed. Where
+ternq is imported, these same classes are used, and the copy is not. The format is docs/format.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "ternq"
+FORMAT_VERSION = 1
+
+
+def unpack(packed: Tensor, columns: int) -> Tensor:
+    """Codes int8 ``[out, columns]`` of bytes uint8 ``[out, ceil(columns / 5)]``."""
+    digits = [packed.div(3**k, rounding_mode="floor").remainder_(3) for k in (4, 3, 2, 1, 0)]
+    return torch.stack(digits, dim=2).flatten(1)[:, :columns].to(torch.int8) - 1
+
+
+def by_column(values: Tensor, columns: int, group_size: int) -> Tensor:
+    """Values of groups ``[out, groups]`` repeated for every column, float32 ``[out, columns]``."""
+    return values.float().repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+class Packed(nn.Module):
+    """What packed layers share: a cast of the model leaves their stored values as they are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move to a device, but keep float16 scales, which another type would round."""
+        kept = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer.view(torch.int16)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in kept:
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = moved.view(torch.float16)
+        return self
+
+
+class PackedLinear(Packed):
+    """A linear layer that holds its codes packed, five to a byte, and unpacks them when used.
+
+    Buffers are named as in the file: ``weight`` uint8 ``[out, ceil(in / 5)]``, ``weight_scale`` and
+    ``weight_shift`` float16 ``[out, groups]``. Under the name ``weight`` a program that does not
+    know ternq meets a wrong shape and stops, where a new name would leave it random weights.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_shift: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, group_size: int, shift: bool
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.group_size = group_size
+        groups = (out_features, -(-in_features // group_size))
+        width = -(-in_features // 5)
+        self.register_buffer("weight", torch.zeros(out_features, width, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.zeros(groups, dtype=torch.float16))
+        shifts = torch.zeros(groups, dtype=torch.float16) if shift else None
+        self.register_buffer("weight_shift", shifts)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes int8 ``[out, in]``, scale and shift float16 ``[out, groups]``."""
+        return unpack(self.weight, self.in_features), self.weight_scale, self.weight_shift
+
+    def dequantized(self) -> Tensor:
+        """The weight ``scale * code + shift``, float32 ``[out, in]``."""
+        codes, scale, shift = self.unpacked()
+        weight = codes.float().mul_(by_column(scale, self.in_features, self.group_size))
+        if shift is not None:
+            weight.add_(by_column(shift, self.in_features, self.group_size))
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, group_size={self.group_size}"
+        )
+
+
+class Int8(Packed):
+    """What 8-bit layers share: a row is ``weight_scale * weight``, weight in -127 ... 127.
+
+    ``weight`` is int8 ``[rows, columns]``, ``weight_scale`` float16 ``[rows]``. The weight is a
+    parameter, since transformers ties parameters alone; the scale is not, or it would give the
+    model its dtype. ``table`` is the layer that a tied weight is from: its scale serves both.
+    """
+
+    weight: nn.Parameter
+    weight_scale: Tensor | None
+
+    def __init__(self, rows: int, columns: int, table: "Int8 | None" = None) -> None:
+        super().__init__()
+        self.__dict__["table"] = table  # a module of the model already, and no part of this one
+        codes = torch.zeros(rows, columns, dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scale = None if table is not None else torch.zeros(rows, dtype=torch.float16)
+        self.register_buffer("weight_scale", scale)
+
+    def scale(self) -> Tensor:
+        """Float16 ``[rows]``."""
+        if self.weight_scale is None:
+            table: Int8 = self.__dict__["table"]
+            return table.scale()
+        return self.weight_scale
+
+    def dequantized(self) -> Tensor:
+        """The rows, float32."""
+        return self.weight.float() * self.scale().float().unsqueeze(1)
+
+
+class Int8Embedding(Int8):
+    """An embedding whose rows are int8 with one scale each; it answers in ``dtype``."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight).float()
+        return (rows * F.embedding(ids, self.scale().unsqueeze(1)).float()).to(self.dtype)
+
+
+class Int8Linear(Int8):
+    """An output head whose rows are int8 with one scale each."""
+
+    def __init__(self, in_features: int, out_features: int, table: Int8 | None = None) -> None:
+        super().__init__(out_features, in_features, table)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """A plain linear layer, or GPT-2's ``Conv1D`` (a linear layer stored transposed)."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of a linear layer, also of one on the meta device."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # is_linear saw to it
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
+class TernqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of an artefact: what is needed to read its packed layers.
+
+    Raises:
+        ValueError: a format of a later version, or values that no artefact has.
+    """
+
+    def __init__(
+        self,
+        group_size: int = 128,
+        shift: bool = True,
+        modules: list[str] | None = None,
+        int8_modules: list[str] | None = None,
+        codec: str = "base3",
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"this is version {format_version} of the ternq format; "
+                f"this ternq reads version {FORMAT_VERSION}: install a newer ternq"
+            )
+        if codec != "base3":
+            raise ValueError(f"unknown ternq codec {codec!r}; version 1 has 'base3' alone")
+        if type(group_size) is not int or group_size < 1:
+            raise ValueError(f"group_size is {group_size!r}; it is a whole number, at least 1")
+        if type(shift) is not bool:
+            raise ValueError(f"shift is {shift!r}; it is true or false")
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum is closed
+        self.group_size, self.shift = group_size, shift
+        self.modules = _names("modules", modules)
+        self.int8_modules = _names("int8_modules", int8_modules)
+        self.codec, self.format_version = codec, format_version
+
+
+def _names(key: str, names: Any) -> list[str]:
+    names = [] if names is None else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key} is not a list of names")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{key} names a module twice")
+    return list(names)
+
+
+class TernqQuantizer(HfQuantizer):
+    """Swaps in the packed layers before the weights are read."""
+
+    quantization_config: TernqConfig
+    requires_calibration = True  # refuses use on the fly: packing is ternq's work
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beyond torch is needed."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        put_packed(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not model.is_remote_code() and hasattr(model.config, "auto_map"):
+            del model.config.auto_map  # save_pretrained would name a file that it does not write
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """What was loaded may be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes cannot be trained; ``ternq distill`` unpacks them."""
+        return False
+
+
+def put_packed(model: Any, config: TernqConfig) -> None:
+    """Put empty packed layers in the places that the configuration names.
+
+    Raises:
+        ValueError: it names something that is no plain linear layer or embedding.
+    """
+    modules = dict(model.named_modules())
+    for name in config.modules:
+        layer = modules.get(name)
+        if layer is None or not is_linear(layer):
+            raise ValueError(f"quantization_config names '{name}', which is no linear layer")
+        in_features, out_features = features(layer)
+        bias = getattr(layer, "bias", None) is not None
+        with torch.device("meta"):
+            packed = PackedLinear(
+                in_features,
+                out_features,
+                bias=bias,
+                group_size=config.group_size,
+                shift=config.shift,
+            )
+        if packed.bias is not None:
+            packed.bias = layer.bias  # in the model's dtype
+        model.set_submodule(name, packed)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in sorted(config.int8_modules, key=lambda name: f"{name}.weight" in tied):
+        source = tied.get(f"{name}.weight", "").removesuffix(".weight")
+        table = model.get_submodule(source) if source in config.int8_modules else None
+        model.set_submodule(name, _int8(name, modules.get(name), table))
+
+
+def _int8(name: str, layer: nn.Module | None, table: Any) -> nn.Module:
+    with torch.device("meta"):
+        if type(layer) is nn.Embedding:
+            dtype = layer.weight.dtype
+            return Int8Embedding(layer.num_embeddings, layer.embedding_dim, dtype)
+        if type(layer) is nn.Linear:
+            head = Int8Linear(layer.in_features, layer.out_features, table)
+            head.bias = layer.bias
+            return head
+    raise ValueError(f"quantization_config names '{name}', which is no embedding or output head")
+
+
+def register() -> None:
+    """Make transformers know ``ternq``; a second call does nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(TernqConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(TernqQuantizer)
+
+
+register()
+
+
+# --- how `trust_remote_code=True` finds the model -------------------------------------------------
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+
+class TernqLlamaConfig(LlamaConfig):
+    """The configuration; loading it makes transformers know the format."""
+
+
+class TernqLlamaForCausalLM(LlamaForCausalLM):
+    """The model; its packed layers are put in by the quantizer."""
+
+    config_class = TernqLlamaConfig
