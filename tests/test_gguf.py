@@ -36,6 +36,7 @@ from ternq.formats.gguf_fit import ONE_ROUNDING, fitted
 from ternq.formats.gguf_import import opened
 from ternq.formats.gguf_models import described, interleaved, uninterleaved
 from ternq.formats.gguf_tokenizer import SPLITS, vocabulary
+from ternq.formats.gguf_writer import OWN_KEY
 from ternq.hf import Loaded
 from ternq.linear import prepare
 from ternq.pack import pack
@@ -518,7 +519,7 @@ def test_a_changed_byte_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     part = part.replace("blk.1", "blk.0") if kind == "big" else part
-    write = ours._write
+    write = ours.write
 
     def changed(path: Path, *rest: Any) -> None:
         write(path, *rest)
@@ -527,7 +528,7 @@ def test_a_changed_byte_is_found(
         data[at] ^= 4
         path.write_bytes(data)
 
-    monkeypatch.setattr(ours, "_write", changed)
+    monkeypatch.setattr(ours, "write", changed)
     with pytest.raises(VerificationError, match="is not in the file what was written"):
         export(source(kind, False, 128 if kind == "big" else 32), tmp_path)
 
@@ -755,7 +756,7 @@ def test_a_file_of_another_program_is_understood_by_itself(
 ) -> None:
     own = source(kind, shift, size)
     path, _ = export(own, tmp_path)
-    plain = rewritten(path, lambda name, value: None if name == ours.OWN_KEY else value)
+    plain = rewritten(path, lambda name, value: None if name == OWN_KEY else value)
     with opened(plain) as again:
         assert (again.group_size, again.shift) == (found, shift)
         for name, one in own.layers():
