@@ -550,3 +550,24 @@ def test_values_beyond_float16_are_refused(
     origin = with_layer(source("even", shift=True, group_size=64), huge)
     with pytest.raises(TernqError, match=r"q_proj has values that float16 cannot hold"):
         export(module, origin, tmp_path / "out", encoding=encoding)
+
+
+@pytest.mark.parametrize("module", FORMATS)
+def test_readers_of_older_names_find_the_rotary_settings(
+    source: Callable[..., Source], tmp_path: Path, module: Any
+) -> None:
+    """mlx-lm looks for ``rope_theta``, where transformers 5 writes ``rope_parameters`` only."""
+    origin = source("even", group_size=64)
+    assert "rope_theta" not in origin.config
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    export(
+        module, replace(origin, config={**origin.config, "rope_parameters": rope}), tmp_path / "a"
+    )
+    written = config(tmp_path / "a")
+    assert written["rope_theta"] == 5e5
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert written["rope_parameters"] == rope
+    assert folders.older_names({"rope_theta": 1.0}) == {}
+    assert folders.older_names(
+        {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    ) == {"rope_theta": 1e4, "rotary_emb_base": 1e4, "rotary_pct": 1.0}

@@ -74,11 +74,11 @@ def begin(source: Source, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def write_config(source: Source, folder: Path, dtype: torch.dtype, more: Mapping[str, Any]) -> None:
-    """Write ``config.json``: the model's own, its type, and what the format adds."""
+    """Write ``config.json``: the model's own, its type, older names, and what the format adds."""
     left_out = ("quantization_config", "quantization", "torch_dtype")
     config = {name: value for name, value in source.config.items() if name not in left_out}
     config["dtype"] = checkpoint.dtype_name(dtype)
-    checkpoint.write_json(folder / "config.json", {**config, **more})
+    checkpoint.write_json(folder / "config.json", {**older_names(config), **config, **more})
 
 
 def others_of(source: Source, skeleton: Any, dtype: torch.dtype, options: Options) -> Others:
@@ -176,6 +176,26 @@ def same(a: Tensor, b: Tensor) -> bool:
 def parameters(skeleton: Any) -> int:
     """Parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings under the names that readers other than transformers 5 look for.
+
+    transformers 5 writes them into ``rope_parameters`` only. mlx-lm 0.32.2 (models/llama.py,
+    models/qwen2.py, read) does not look there and would take another base without a word.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    names = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        names["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        names["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if config.get("model_type") == "gpt_neox":
+        names["rotary_emb_base"] = rope["rope_theta"]
+        names["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
+    return names
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, is_buffer: bool) -> Tensor:
