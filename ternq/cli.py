@@ -217,7 +217,7 @@ def pack(
             "--encoding",
             metavar="NAME",
             show_default="what fits",
-            help="Of gguf: TQ1_0, TQ2_0, Q2_0, Q4_1, Q2_K; of dense: bfloat16, float16, float32.",
+            help="Of gguf: TQ1_0, TQ2_0, Q2_0, Q4_1, Q2_K; of others: float16, float32, bfloat16.",
         ),
     ] = None,
     exact: Annotated[

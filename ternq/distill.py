@@ -122,8 +122,10 @@ def begin(
         else:
             progress(Event("plan", f"Going on with the run in {out}"))
     if record is None:
-        specs = list(prepared.corpus.specs)
-        runs.begin(out, prepared.recipe, prepared.student, prepared.corpus.held_out, specs)
+        student, text = prepared.student, prepared.corpus
+        licence = hf.licence(model, student.path, bool(options.get("offline")))
+        specs = list(text.specs)
+        runs.begin(out, prepared.recipe, student, text.held_out, specs, licence)
     return prepared, hf.read_run(out)
 
 

@@ -111,7 +111,7 @@ def open_checkpoint(
         reload=None if method else lambda: hf.load(model, dtype=torch.float32).model,
         rounded=rounded,
         notes=notes,
-        about={"base_model": {"name": model, "license": hf.licence(folder)}},
+        about={"base_model": {"name": model, "license": hf.licence(model, folder)}},
     )
 
 

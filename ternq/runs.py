@@ -58,9 +58,15 @@ def refuse_input(out: Path, sources: list[str | None]) -> None:
             raise RecipeError(f"'{out}' holds the model itself.", "Choose another name with -o.")
 
 
-def begin(out: Path, recipe: Recipe, student: hf.Loaded, held_out: Tensor, data: list[str]) -> None:
+def begin(
+    out: Path,
+    recipe: Recipe,
+    student: hf.Loaded,
+    held_out: Tensor,
+    data: list[str],
+    licence: str | None,
+) -> None:
     """Write what there is before the first step; ``run.json`` last."""
-    licence = None if student.path is None else hf.licence(student.path)
     with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         hf.save_base(student, out / hf.BASE_FOLDER)

@@ -16,14 +16,21 @@ import ternq
 PACKAGE = ROOT / "ternq"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+def module_name(path: Path) -> str:
+    """``formats.gguf`` for a file of the package; a folder's ``__init__`` is the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_name(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "demo"}
+MODULES = sorted(filter(None, FILES))
 VERBS = {"distill", "pack", "evaluate", "generate"}
 
 
 def imports(module: str) -> set[str]:
     """What a module imports anywhere, functions included, as dotted names."""
     found: set[str] = set()
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -35,9 +42,9 @@ def imports(module: str) -> set[str]:
 
 def own_imports(module: str) -> set[str]:
     """The modules of ternq that a module imports."""
-    return {name.split(".")[1] for name in imports(module) if name.startswith("ternq.")} & {
-        *MODULES
-    }
+    names = {name.removeprefix("ternq.") for name in imports(module) if name.startswith("ternq.")}
+    found = {m for m in MODULES for name in names if f"{name}.".startswith(f"{m}.")}
+    return {m for m in found if not any(other.startswith(f"{m}.") for other in found)} - {module}
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -48,7 +55,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def names(cell: str) -> list[str]:
-    return re.findall(r"`(\w+)`", cell)
+    return re.findall(r"`([\w.]+)`", cell)
 
 
 FLOORS = {name: int(row[0][0]) for row in rows("Floors") for name in names(row[1])}

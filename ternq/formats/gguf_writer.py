@@ -187,5 +187,7 @@ def _add_tokens(writer: Any, tokens: Vocabulary) -> None:
 
 
 def digest(values: Tensor) -> bytes:
-    """SHA-256 of float32 values; -0 counts as 0."""
-    return hashlib.sha256((values + 0.0).contiguous().numpy().data).digest()
+    """SHA-256 of shape and float32 values; -0 counts as 0."""
+    found = hashlib.sha256(str(tuple(values.shape)).encode())
+    found.update((values + 0.0).contiguous().numpy().data)
+    return found.digest()
