@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ternq.errors import InputError, ResourceError
-from ternq.files import REFUSALS, free_disk, plain_name, read_json, renamed, write_json, writing
+from ternq.files import (
+    REFUSALS,
+    free_disk,
+    parse_json,
+    plain_name,
+    read_json,
+    renamed,
+    write_json,
+    writing,
+)
 from ternq.publish import (
     EXPORT_MANIFEST,
     FORMAT_VERSION,
@@ -59,6 +68,7 @@ __all__ = [
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+_MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
 def save_tensors(
@@ -76,7 +86,7 @@ def save_tensors(
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file; `InputError` naming it if missing or damaged."""
-    with _opened(path) as file:
+    with _opened(path, check=True) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -111,7 +121,7 @@ class TensorFolder:
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Path] = {}
         for path in [folder / file] if file else _tensor_files(folder):
-            with _opened(path) as opened:
+            with _opened(path, check=True) as opened:
                 for name in opened.keys():  # noqa: SIM118
                     if name in self._files:
                         raise InputError(f"{path} and {self._files[name]} both hold {name}.")
@@ -125,6 +135,11 @@ class TensorFolder:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold tensors."""
+        return set(self._files.values())
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor; `InputError` if none does."""
@@ -149,6 +164,7 @@ DTYPES = {  # as safetensors names them, in the order in which it stores them
     torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int16: "I16",
@@ -197,16 +213,28 @@ def _is_names(where: Any) -> TypeGuard[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, *, check: bool = False) -> Iterator[Any]:
+    """A safetensors file; ``check`` reads its header a second time, with our eyes."""
     try:
         if not path.is_file():
             raise InputError(f"{path} does not exist.")
+        if check:
+            _check_header(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise InputError(f"{path} is damaged: {_first_lower(error)}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that names a tensor twice: safetensors itself takes the last of them."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(_MAX_HEADER, path.stat().st_size - 8):
+            raise InputError(f"{path} is damaged: its header has an impossible length.")
+        parse_json(file.read(size), path)
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

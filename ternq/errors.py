@@ -11,6 +11,8 @@ TernqError
 └── InterruptedByUser 130   Ctrl-C; a checkpoint was saved if one could be
 """
 
+_LONGEST = 1000  # characters of a message
+
 
 class TernqError(Exception):
     """Something the user can mend: one sentence (what and where), and a hint (what to do)."""
@@ -19,8 +21,14 @@ class TernqError(Exception):
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _one_line(message)
+        self.hint = hint and _one_line(hint)
+
+
+def _one_line(text: str) -> str:
+    """What a terminal can show as it is, whatever names a damaged file brings into it."""
+    plain = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST // 2]} ... {plain[-100:]}"
 
 
 class RecipeError(TernqError):

@@ -11,13 +11,15 @@ import os
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ternq.errors import InputError, ResourceError
 
-_MAX_JSON = 256 * 2**20
+_MAX_JSON = 64 * 2**20  # the index of the largest models has under 20
+_MAX_DEPTH = 64  # of objects and lists in one another
 REFUSALS = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -33,26 +35,69 @@ REFUSALS = {
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename: never half a file under ``path``."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with renamed(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(as_json(content).encode("utf-8"))
+
+
+def as_json(content: Any) -> str:
+    """JSON as all files of ternq have it: indented, and every character as itself."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `InputError` if it is missing, damaged or no object."""
+    """The object in a JSON file; `InputError` if it is missing, damaged or no object.
+
+    A name that stands twice in one object is damage: programs differ in which one they take. So is
+    nesting that other readers of the file could not follow.
+    """
+    return parse_json(read_small(path), path)
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a small file; `InputError` if it is missing, no plain file, or too large."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path} is too large to be what it should be.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise InputError(f"{path} is not a file.")
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON + 1)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(content) > _MAX_JSON:
+        raise InputError(f"{path} is too large to be what it should be.")
+    return content
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object that the bytes of ``path`` hold; `InputError` as of `read_json`."""
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: it is not JSON ({error}).") from error
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise InputError(f"{path} is damaged: it holds no JSON object.")
+    if _depth(found) > _MAX_DEPTH:
+        raise InputError(f"{path} is damaged: it is nested more than {_MAX_DEPTH} deep.")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice[:80]!r} stands twice in one object")
     return content
+
+
+def _depth(content: Any) -> int:
+    """How deep lists and objects lie in one another, counted to one more than is allowed."""
+    depth, level = 0, [content]
+    while level and depth <= _MAX_DEPTH:
+        inside = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [item for part in inside for item in part if isinstance(item, dict | list)]
+        depth += 1
+    return depth
 
 
 def plain_name(name: Any) -> bool:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ternq import checkpoint
+from ternq import checkpoint, structure
 from ternq.errors import InputError, ResourceError, VerificationError
 from ternq.linear import TernaryLinear, packed_layers
 from ternq.modeling_ternq import (
@@ -39,7 +40,8 @@ STUDENT_FILE = "student.safetensors"  # the trained student of a finished run
 BASE_FOLDER = "base"  # configuration and tokenizer of the model a run trains
 # what transformers raises for a configuration or file that it cannot make a model of
 _REFUSALS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError)
-_REFUSALS += (TypeError, AttributeError, AssertionError, MemoryError)
+_REFUSALS += (TypeError, AttributeError, AssertionError, MemoryError, LookupError, ArithmeticError)
+_REFUSALS += (StrictDataclassError,)
 
 
 @dataclass
@@ -102,8 +104,9 @@ def _of_artefact(path: Path | None) -> Iterator[None]:
     if path is None or not (path / checkpoint.MANIFEST).is_file():
         yield
         return
-    checkpoint.read_manifest(path)
+    checkpoint.verify_files(path)
     try:
+        structure.check(path, lambda: skeleton(path, packed_config(path)))
         yield
     except InputError as error:
         hint = f"`ternq pack --verify {path}` says more."
@@ -154,12 +157,14 @@ def model_folder(model: str, path: Path | None, offline: bool) -> Path:
     return Path(found)
 
 
-def licence(folder: Path) -> str | None:
-    """The licence that the model card of a folder names; None if it names none."""
-    from huggingface_hub import ModelCard
+def licence(model: str, path: Path | None = None, offline: bool = False) -> str | None:
+    """The licence that a model's card names; None if there is no card, or it names none."""
+    from huggingface_hub import ModelCard, hf_hub_download
 
     try:
-        found = ModelCard.load(folder / "README.md").data.get("license")
+        if path is None:
+            path = Path(hf_hub_download(model, "README.md", local_files_only=offline)).parent
+        found = ModelCard.load(path / "README.md").data.get("license")
     except (OSError, ValueError):
         return None
     return found if isinstance(found, str) else None
@@ -176,7 +181,9 @@ def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _in_words(str(folder), offline=True):
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         _refuse_other_models(str(folder), config)
         for name in ("quantization_config", "auto_map"):
             if hasattr(config, name):

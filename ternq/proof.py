@@ -7,31 +7,26 @@ costs).
 """
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing
+from ternq import checkpoint, hf, packing, structure
 from ternq.artefact import Written
 from ternq.errors import InputError, TernqError, VerificationError
 from ternq.linear import packed_layers
 from ternq.progress import Event, Progress, ignore
 from ternq.source import Source, open_artefact
 from ternq.ternary import TernaryWeight
-from ternq.weights import Tally, embeddings
+from ternq.weights import Tally, embeddings, with_file
 from ternq.writer import tensor_bytes
 
 ROUNDED_TOLERANCE = 1e-4  # of the largest logit: the file against its own rounding, other kernels
 TRAINED_TOLERANCE = 0.02  # of the logits' standard deviation, root mean square: what rounding costs
 INT8_TOLERANCE = 0.1  # the same, where embeddings and output head have become int8
 LARGEST_LOADED = 200_000_000  # parameters; a larger model is compared tensor by tensor alone
-_SIZE = re.compile("size|^num_|^n_|dim|positions")
-_LAYERS = re.compile("(num|n)_(hidden_|decoder_)?layers?")
-_LARGEST_SIZE = 2**31  # of any dimension that a configuration names
 _PROBE = (2, 64)  # rows and tokens of the text that logits are compared on
 
 
@@ -71,7 +66,6 @@ def verify(
     """
     manifest = checkpoint.verify_files(folder)
     try:
-        _check_structure(folder)
         source = open_artefact(folder)
         tally = _check_values(source, folder, against, progress)
         if source.parameters <= LARGEST_LOADED:
@@ -80,7 +74,7 @@ def verify(
         raise VerificationError(error.message, error.hint) from error
     return {
         "format": "ternq",
-        "weights": tally.summary(),
+        "weights": with_file(tally.summary(), folder),
         "files": manifest["files"],
         "verify": {"checked": len(source.modules), "max_abs_logit_diff": None, "ok": True},
         "notes": _verified_notes(source, against),
@@ -105,10 +99,10 @@ def _check_values(
     tally, tensors = Tally(), checkpoint.TensorFolder(folder)
     for done, (name, weight) in enumerate(source.layers(), 1):
         try:
-            form = weight.canonical()
+            canonical = weight.is_canonical()
         except ValueError as error:
             raise VerificationError(f"Layer {name}: {error}.") from error
-        if not form.same(weight):
+        if not canonical:
             raise VerificationError(f"Layer {name} is not in the stored form (docs/format.md).")
         if against is not None and not (other := against.layer(name)).same(weight):
             rows = _different_rows(weight.dequantized(), other.dequantized())
@@ -154,41 +148,11 @@ def _different_rows(a: Tensor, b: Tensor) -> str:
 
 
 def _check_structure(folder: Path) -> None:
-    """Refuse tensors that are not those of the configuration, before any is read.
-
-    Raises:
-        VerificationError: names, types or shapes differ, or sizes that no such file has.
-    """
+    """Refuse tensors that are not those of the configuration, before any is read."""
     try:
-        tensors = checkpoint.TensorFolder(folder)
-        _check_config(folder, len(list(tensors)))
-        model = hf.skeleton(folder, hf.packed_config(folder))
+        structure.check(folder, lambda: hf.skeleton(folder, hf.packed_config(folder)))
     except InputError as error:
         raise VerificationError(error.message, error.hint) from error
-    if not packed_layers(model):
-        raise VerificationError(f"{folder} packs no layer.")
-    state = model.state_dict()
-    parameters = {n for n, p in model.named_parameters() if p.is_floating_point()}
-    for name in tensors:
-        if name not in state:
-            raise VerificationError(f"{folder} holds a tensor that its model lacks: {name}.")
-        expected = (state[name].dtype, tuple(state[name].shape))
-        found = (tensors.dtypes[name], tensors.shapes[name])
-        same_type = found[0] == expected[0] or (name in parameters and found[0].is_floating_point)
-        if found[1] != expected[1] or not same_type:
-            raise VerificationError(
-                f"{tensors.path(name)}: {name} is {_said(*found)}; its configuration asks for "
-                f"{_said(*expected)}."
-            )
-    tied = getattr(model, "all_tied_weights_keys", {})
-    pairs = {**tied, **{source: target for target, source in tied.items()}}
-    for name in state:
-        if name not in tensors and pairs.get(name, "") not in tensors:
-            raise VerificationError(f"{folder} lacks the tensor {name}.")
-
-
-def _said(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{checkpoint.dtype_name(dtype)} {'x'.join(map(str, shape))}"
 
 
 # --- logits ---------------------------------------------------------------------------------------
@@ -267,26 +231,3 @@ def _dense(model: nn.Module) -> nn.Module:
         plain.weight, plain.bias = nn.Parameter(weight.dequantized()), layer.bias
         model.set_submodule(name, plain)
     return model
-
-
-# --- configuration --------------------------------------------------------------------------------
-
-
-def _check_config(folder: Path, tensors: int) -> None:
-    """Refuse sizes that no file of this many tensors has, before a model is built from them."""
-    config = checkpoint.read_json(folder / "config.json")
-    hf.packed_config(folder)
-    for name, value in _sizes(config):
-        if not 0 <= value <= (tensors if _LAYERS.fullmatch(name) else _LARGEST_SIZE):
-            raise VerificationError(
-                f"{folder / 'config.json'}: {name} is {value}; the file has {tensors} tensors."
-            )
-
-
-def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Whole numbers that say how large or how many; nested configurations included."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _sizes(value)
-        elif type(value) is int and _SIZE.search(name):
-            yield name, value

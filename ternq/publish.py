@@ -3,9 +3,13 @@
 A command writes into a hidden sibling of its output; the manifest (`ternq.json`, with the SHA-256
 of every file) is its last file, and one rename gives the folder its final name. Killed at any
 moment, there is either nothing under that name or all of it, and what was there is not lost.
+
+A manifest ends with the SHA-256 of itself, taken with zeros in that place, so that a changed byte
+of it is found too. It says nothing about who wrote it. Manifests without it are read as before.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -16,12 +20,26 @@ from pathlib import Path
 from typing import Any
 
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
-from ternq.files import existing_ancestor, plain_name, read_json, sha256, sync, write_json, writing
+from ternq.files import (
+    as_json,
+    existing_ancestor,
+    parse_json,
+    plain_name,
+    read_json,
+    read_small,
+    renamed,
+    sha256,
+    sync,
+    writing,
+)
 
 MANIFEST = "ternq.json"
 EXPORT_MANIFEST = "ternq-export.json"  # of a folder in another program's format
 FORMAT_VERSION = 1
 _VERSION_KEYS = {MANIFEST: "ternq_format", EXPORT_MANIFEST: "ternq_export"}
+_SELF = "manifest"  # the key of the manifest's own hash; the prefix tells it if the key is damaged
+_SELF_PREFIX = "sha256:"
+_NO_HASH = _SELF_PREFIX + 64 * "0"
 # the files that mark a folder as made by ternq, and a key that each has
 _MADE_HERE = (*_VERSION_KEYS.items(), ("run.json", "ternq_run"))
 
@@ -116,7 +134,11 @@ def write_manifest(
     for file in _files(folder, name):
         sync(folder / file)
     manifest = {**(extra or {}), _VERSION_KEYS[name]: FORMAT_VERSION, "files": files}
-    write_json(folder / name, manifest)
+    manifest = {k: v for k, v in manifest.items() if k != _SELF} | {_SELF: _NO_HASH}
+    text = as_json(manifest).encode("utf-8")
+    manifest[_SELF] = _SELF_PREFIX + hashlib.sha256(text).hexdigest()
+    with renamed(folder / name) as temporary:
+        temporary.write_bytes(_with_last(text, _NO_HASH, manifest[_SELF]))
     sync(folder)
     return manifest
 
@@ -134,17 +156,15 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
             "`ternq ternarize MODEL` makes one.",
         )
     try:
-        manifest = read_json(path)
+        content = read_small(path)
+        manifest = parse_json(content, path)
     except InputError as error:
         raise VerificationError(error.message, error.hint) from error
     version = manifest.get(_VERSION_KEYS[name])
-    if type(version) is int and version > FORMAT_VERSION:
-        raise InputError(
-            f"{folder} has ternq format {version}; this program reads format {FORMAT_VERSION}.",
-            "Install a newer ternq.",
-        )
+    _refuse_later(folder, version)
     if type(version) is not int or version != FORMAT_VERSION:
         raise VerificationError(f"{path} names no format version.")
+    _check_self(path, content, manifest)
     _check_entries(path, manifest.get("files"))
     return manifest
 
@@ -169,7 +189,25 @@ def verify_files(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
             )
         if sha256(path) != entry["sha256"]:
             raise VerificationError(f"{path} has changed: its SHA-256 is not that of {name}.")
+    refuse_later_config(folder)
     return manifest
+
+
+def refuse_later_config(folder: Path) -> None:
+    """`InputError` if ``config.json`` is of a later version of the format; other damage passes."""
+    found = None
+    with contextlib.suppress(InputError):
+        found = read_json(folder / "config.json").get("quantization_config")
+    if isinstance(found, dict) and found.get("quant_method") == "ternq":
+        _refuse_later(folder, found.get("format_version"))
+
+
+def _refuse_later(folder: Path, version: Any) -> None:
+    if type(version) is int and version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} has ternq format {version}; this program reads format {FORMAT_VERSION}.",
+            "Install a newer ternq.",
+        )
 
 
 def _files(folder: Path, manifest: str) -> list[str]:
@@ -181,6 +219,24 @@ def _files(folder: Path, manifest: str) -> list[str]:
         here = Path(root).relative_to(folder)
         names += [(here / f).as_posix() for f in files + links if not f.startswith(".")]
     return sorted(name for name in names if name != manifest)
+
+
+def _check_self(path: Path, content: bytes, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that is not what its own hash says; one without a hash is older."""
+    stated = manifest.get(_SELF)
+    marked = [v for v in manifest.values() if isinstance(v, str) and v.startswith(_SELF_PREFIX)]
+    if stated is None and not marked:
+        return
+    own = ""
+    if isinstance(stated, str) and len(stated) == len(_NO_HASH):
+        own = hashlib.sha256(_with_last(content, stated, _NO_HASH)).hexdigest()
+    if stated != _SELF_PREFIX + own:
+        raise VerificationError(f"{path} has changed: its SHA-256 is not the one at its end.")
+
+
+def _with_last(text: bytes, old: str, new: str) -> bytes:
+    """``text`` with another string in the last place where ``old`` stands."""
+    return new.encode().join(text.rsplit(old.encode(errors="replace"), 1))
 
 
 def _check_entries(path: Path, entries: Any) -> None:

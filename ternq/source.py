@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing, ternary
+from ternq import checkpoint, hf, packing, structure, ternary
 from ternq.errors import InputError, VerificationError
 from ternq.hf import Loaded
 from ternq.linear import TernaryLinear, ternary_layers
@@ -150,6 +150,7 @@ def open_artefact(folder: Path) -> Source:
         InputError, VerificationError: it is none, or damaged.
     """
     manifest = checkpoint.read_manifest(folder)
+    structure.check(folder, lambda: hf.skeleton(folder, hf.packed_config(folder)))
     config = hf.packed_config(folder)
     skeleton = hf.skeleton(folder)
     tensors = checkpoint.TensorFolder(folder)
