@@ -11,7 +11,8 @@ so that it and ternq share no library. For each pair it is asked for three thing
 - tokens of some texts: the very ids that the artefact's tokenizer gives;
 - the likeliest continuation of some prompts, token by token: the text of ``ternq generate``. Where
   they part, the difference of the two logits there is printed, in ternq's model;
-- the perplexity of the same blocks of token ids: within 1 % of ternq's.
+- the perplexity of the same blocks of token ids: within 1 % of ternq's; and the logits after each
+  block, whose difference (root mean square) is printed in units of their standard deviation.
 
 llama.cpp rounds activations to 8 bits in its matrix products, ternq computes in float32: logits are
 close, not equal. Exit status 1 if tokens differ or a perplexity is off by more.
@@ -68,16 +69,17 @@ def worker() -> None:
                 break
             model.eval(made[-1:])
         texts.append(made)
-    losses = []
+    losses, last = [], []
     for block in job["blocks"]:
         model.reset()
         model.eval(block)
+        last.append(model.scores[len(block) - 1].tolist())
         logits = model.scores[: len(block) - 1].astype(np.float64)
         logits -= logits.max(1, keepdims=True)
         likely = logits[np.arange(len(block) - 1), block[1:]]
         losses.append(float(np.mean(np.log(np.exp(logits).sum(1)) - likely)))
-    answer = {"version": llama_cpp.__version__, "tokens": tokens, "texts": texts, "losses": losses}
-    json.dump(answer, sys.stdout)
+    answer = {"version": llama_cpp.__version__, "tokens": tokens, "texts": texts}
+    json.dump(answer | {"losses": losses, "last": last}, sys.stdout)
 
 
 def compare(artefact: str, file: Path, llama: str, text: str, length: int, count: int) -> Any:
@@ -113,6 +115,8 @@ def compare(artefact: str, file: Path, llama: str, text: str, length: int, count
     answer = json.loads(done.stdout)
     with torch.inference_mode():
         ours = float(block_losses(model, torch.tensor(blocks)).mean().exp())
+        logits = torch.stack([model(torch.tensor([b])).logits[0, -1] for b in blocks])
+    difference = (torch.tensor(answer["last"]) - logits).square().mean().sqrt() / logits.std()
     theirs = math.exp(sum(answer["losses"]) / len(answer["losses"]))
     pairs = zip(own.items(), answer["tokens"], strict=True)
     other = [{"text": t, "ternq": a, "llama.cpp": b} for (t, a), b in pairs if a != b]
@@ -130,6 +134,7 @@ def compare(artefact: str, file: Path, llama: str, text: str, length: int, count
         "other_tokens": other,
         "continuations": len(PROMPTS),
         "parted": parted,
+        "logit_difference": float(difference),
         "blocks": [count, length],
         "perplexity": ours,
         "perplexity_llama_cpp": theirs,
@@ -171,7 +176,7 @@ def main() -> None:
         parser.error("ARTEFACT=FILE and --text are needed")
     text = options.text.read_text(encoding="utf-8")
     rows = []
-    print(f"{'file':32} {'MB':>6} tokens  texts  perplexity  llama.cpp   ratio")
+    print(f"{'file':32} {'MB':>6} tokens  texts  perplexity  llama.cpp   ratio  logits")
     for pair in options.pairs:
         artefact, _, file = pair.rpartition("=")
         row = compare(artefact, Path(file), options.llama, text, options.length, options.blocks)
@@ -180,7 +185,8 @@ def main() -> None:
         same = f"{row['continuations'] - len(row['parted'])}/{row['continuations']}"
         print(
             f"{row['file']:32} {row['bytes'] / 1e6:6.2f} {alike:>6} {same:>6} "
-            f"{row['perplexity']:11.4f} {row['perplexity_llama_cpp']:10.4f} {row['ratio']:7.5f}",
+            f"{row['perplexity']:11.4f} {row['perplexity_llama_cpp']:10.4f} {row['ratio']:7.5f} "
+            f"{row['logit_difference']:7.4f}",
             flush=True,
         )
         for part in row["parted"]:
