@@ -84,7 +84,7 @@ def write(
                     written.tally.add_dense(count, 8 * tensor.nbytes, embedding=own)
         written.digests = writer.digests
     _write_config(source, folder, dtype, tables)
-    _write_code(source, folder)
+    (folder / CODE).write_text(code(source), encoding="utf-8")
     return written
 
 
@@ -208,9 +208,9 @@ def _write_config(source: Source, folder: Path, dtype: torch.dtype, tables: dict
     checkpoint.write_json(folder / "config.json", config)
 
 
-def _write_code(source: Source, folder: Path) -> None:
+def code(source: Source) -> str:
     """The copy of `ternq.modeling_ternq`, with the classes that ``auto_map`` names."""
     text = inspect.getsource(modeling_ternq)
     names = {"config": source.skeleton.config, "model": source.skeleton}
     classes = _ARCHITECTURE.format(**{k: type(v).__name__ for k, v in names.items()})
-    (folder / CODE).write_text(text + classes, encoding="utf-8")
+    return text + classes

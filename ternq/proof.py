@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing, structure
+from ternq import artefact, checkpoint, hf, int8, packing, structure
 from ternq.artefact import Written
 from ternq.errors import InputError, TernqError, VerificationError
 from ternq.linear import packed_layers
@@ -27,6 +27,8 @@ ROUNDED_TOLERANCE = 1e-4  # of the largest logit: the file against its own round
 TRAINED_TOLERANCE = 0.02  # of the logits' standard deviation, root mean square: what rounding costs
 INT8_TOLERANCE = 0.1  # the same, where embeddings and output head have become int8
 LARGEST_LOADED = 200_000_000  # parameters; a larger model is compared tensor by tensor alone
+# keys of config.json that packing writes anew
+_OWN_KEYS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 _PROBE = (2, 64)  # rows and tokens of the text that logits are compared on
 
 
@@ -77,14 +79,20 @@ def verify(
         "weights": with_file(tally.summary(), folder),
         "files": manifest["files"],
         "verify": {"checked": len(source.modules), "max_abs_logit_diff": None, "ok": True},
-        "notes": _verified_notes(source, against),
+        "notes": _verified_notes(folder, source, against),
     }
 
 
-def _verified_notes(source: Source, against: Source | None) -> list[str]:
+def _verified_notes(folder: Path, source: Source, against: Source | None) -> list[str]:
     notes = []
     if against is not None:
         notes.append(f"Every row is that of {against.name}.")
+    for path in sorted(folder.rglob("*.py")):
+        if path.name != artefact.CODE or path.read_bytes() != artefact.code(source).encode():
+            notes.append(
+                f"{path.name} is not the code of this ternq: read it before you let "
+                "trust_remote_code=True run it."
+            )
     if source.parameters > LARGEST_LOADED:
         notes.append("The model is large: its tensors were checked, it was not run.")
     return notes
@@ -112,6 +120,8 @@ def _check_values(
     tables = {f"{name}.weight" for name in embeddings(source.skeleton)}
     for name, (dtype, shape) in source.others.items():
         stored = _check_dense(name, tensors)
+        if against is not None:
+            _check_same_tensor(name, tensors, against)
         if dtype.is_floating_point:
             count = torch.Size(shape).numel()
             tally.add_dense(count, 8 * stored, embedding=name in tables)
@@ -125,7 +135,8 @@ def _check_dense(name: str, tensors: checkpoint.TensorFolder) -> int:
     if tensor.dtype == torch.int8:
         scale = tensors[f"{name}_scale"]
         stored += scale.nbytes
-        if bool((tensor == -128).any()) or not bool((scale >= 0).all()):
+        zero = (scale == 0).unsqueeze(1) & (tensor != 0)
+        if bool(((tensor == -128) | zero).any()) or not bool((scale >= 0).all()):
             raise VerificationError(f"{name} is not in the stored form (docs/format.md).")
         tensor = scale
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -136,6 +147,29 @@ def _check_dense(name: str, tensors: checkpoint.TensorFolder) -> int:
 def _check_same_layers(source: Source, against: Source) -> None:
     if source.modules != against.modules or source.group_size != against.group_size:
         raise VerificationError(f"The artefact has other ternary layers than {against.name}.")
+    for key in sorted((set(source.config) | set(against.config)) - _OWN_KEYS):
+        here, there = source.config.get(key), against.config.get(key)
+        if here != there:
+            raise VerificationError(
+                f"config.json: {key} is {here!r} here and {there!r} in {against.name}."
+            )
+
+
+def _check_same_tensor(name: str, tensors: checkpoint.TensorFolder, against: Source) -> None:
+    """Refuse a tensor that is not ternary and not what `pack` makes of the model's own."""
+    if name not in against.others:
+        raise VerificationError(f"{against.name} has no tensor {name}.")
+    stored, other = tensors[name], against.tensor(name)
+    if stored.dtype == torch.int8:
+        scale = tensors[f"{name}_scale"]
+        codes, own = int8.quantize_rows(other)
+        same = torch.equal(stored, codes) and torch.equal(scale, own)
+        stored = int8.dequantize_rows(stored, scale)  # what an artefact in 8 bits gives
+    else:
+        same, other = False, other.to(stored.dtype)
+    if not same and not torch.equal(stored, other):
+        rows = _different_rows(stored.reshape(len(stored), -1), other.reshape(len(other), -1))
+        raise VerificationError(f"{name} is not that of {against.name}: {rows}.")
 
 
 def _different_rows(a: Tensor, b: Tensor) -> str:

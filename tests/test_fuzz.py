@@ -733,3 +733,55 @@ def test_the_command_line_says_it(
     assert payload["exit_code"] == status
     assert payload["error"]["message"].isprintable()
     assert "Traceback" not in said.err
+
+
+# --- against the model it was made from -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(whole: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another copy, for the model that it was made from."""
+    return put(tmp_path_factory.mktemp("model") / "tiny", whole)
+
+
+def moved(name: str, row: int) -> Change:
+    def change(folder: Path) -> None:
+        stored = checkpoint.load_tensors(folder / checkpoint.TENSORS)
+        flat = stored[name].view(torch.uint8)
+        flat[row, ..., 0] ^= 1
+        checkpoint.save_tensors(stored, folder / checkpoint.TENSORS)
+
+    return change
+
+
+def other_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (moved(f"{LAYER}.weight_scale", 3), "the first is row 3"),
+        (moved("model.embed_tokens.weight", 200), "1 of its 257 rows differ, the first is row 200"),
+        (moved("lm_head.weight", 7), "the first is row 7"),
+        (other_config, "rms_norm_eps is 0.5 here"),
+    ],
+)
+def test_what_verifies_alone_is_compared_with_the_model_row_by_row(
+    whole: dict[str, bytes], model: Path, folder: Path, change: Change, words: str
+) -> None:
+    put(folder, whole)
+    assert any("Every row" in note for note in verify(folder, str(model))["notes"])
+    change(folder)
+    publish.write_manifest(folder)
+    assert verify(folder)["verify"]["ok"]
+    with pytest.raises(VerificationError, match=words):
+        verify(folder, str(model))
+
+
+def test_code_that_is_not_ours_is_said(whole: dict[str, bytes], folder: Path) -> None:
+    assert not any("trust_remote_code" in note for note in verify(put(folder, whole))["notes"])
+    name = "modeling_ternq.py"
+    remade(folder, {**whole, name: whole[name] + b"import os\n"})
+    assert any(f"{name} is not the code" in note for note in verify(folder)["notes"])
