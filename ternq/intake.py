@@ -6,7 +6,7 @@ types.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq import checkpoint, hf
-from ternq.errors import InputError
+from ternq.errors import InputError, RecipeError
 from ternq.linear import select
 from ternq.modeling_ternq import features
 from ternq.progress import Event, Progress
@@ -49,6 +49,11 @@ def opened(
     """
     progress(Event("load", f"Opening {model}"))
     path = hf.local_path(model)
+    if (group_size or skip) and path is not None and _says_its_layers(path):
+        raise RecipeError(
+            f"'{model}' says itself which layers are ternary, and in what groups.",
+            "--group-size and --skip are for dense checkpoints that are ternary by value.",
+        )
     if path is not None and path.suffix == ".gguf":
         from ternq.formats.gguf_import import opened as opened_gguf
 
@@ -62,6 +67,11 @@ def opened(
     else:
         folder = hf.model_folder(model, path, offline)
         yield open_checkpoint(model, folder, group_size, skip)
+
+
+def _says_its_layers(path: Path) -> bool:
+    marks = (hf.RUN_FILE, checkpoint.MANIFEST)
+    return path.suffix == ".gguf" or any((path / name).is_file() for name in marks)
 
 
 def open_checkpoint(
@@ -130,6 +140,12 @@ def _names(
         own = name if name in tensors else name.removeprefix(prefix)
         if own in tensors and not (name in tied and tied[name] in tensors):
             found[name] = own
+            if not scales and tensors.shapes[own] != tuple(state[name].shape):
+                raise InputError(
+                    f"'{model}' holds {own} as {_times(tensors.shapes[own])}; its configuration "
+                    f"asks for {_times(state[name].shape)}.",
+                    "Weights that another program has packed are not taken in.",
+                )
         elif own not in tensors and name not in tied:
             raise InputError(
                 f"'{model}' lacks weights that its configuration asks for, such as {name}."
@@ -137,6 +153,10 @@ def _names(
         if scales and f"{own}_scale" in tensors:
             found[f"{name}_scale"] = f"{own}_scale"
     return found
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _dtype(tensors: checkpoint.TensorFolder, others: dict[str, str]) -> torch.dtype:

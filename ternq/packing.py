@@ -11,6 +11,7 @@ from torch import Tensor
 CODES_PER_BYTE = 5
 LARGEST_BYTE = 3**CODES_PER_BYTE - 1
 _PLACES = tuple(3**k for k in reversed(range(CODES_PER_BYTE)))  # 81, 27, 9, 3, 1
+_CODES = [[byte // place % 3 - 1 for place in _PLACES] for byte in range(256)]
 
 
 def packed_width(columns: int) -> int:
@@ -59,11 +60,8 @@ def unpack_base3(packed: Tensor, columns: int, *, check: bool = False) -> Tensor
         raise ValueError(f"{columns} codes take {packed_width(columns)} bytes a row, not {width}")
     if check and packed.numel() and packed.max() > LARGEST_BYTE:
         raise ValueError(f"byte {int(packed.max())} holds no five codes: at most {LARGEST_BYTE}")
-    codes = torch.empty(rows, width, CODES_PER_BYTE, dtype=torch.int8, device=packed.device)
-    for k, place in enumerate(_PLACES):
-        digit = packed.div(place, rounding_mode="floor").remainder_(3)
-        codes[..., k] = digit.to(torch.int8).sub_(1)
-    codes = codes.view(rows, width * CODES_PER_BYTE)
+    table = torch.tensor(_CODES, dtype=torch.int8, device=packed.device)
+    codes = table.index_select(0, packed.flatten().int()).view(rows, width * CODES_PER_BYTE)
     if check and codes[:, columns:].any():
         raise ValueError("the padding at the end of a row is not code 0")
     return codes[:, :columns].contiguous()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Payload = Mapping[str, Any]
-_SIZES = ("bits/weight of linears", "embeddings", "file", "size")
+_SIZES = ("bits/weight linear", "embedding", "file", "size")
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,11 @@ def _quality(payload: Payload) -> Table:
     weights = payload["weights"]
     packed = _cells(weights, _size(payload))
     dense = ("16", "16", "16", size(weights["bytes_dense_bf16"]))
+    steps = (payload.get("training") or {}).get("steps")
     names = {
         "teacher": ("teacher (bf16)", dense),
         "untrained": ("ternary, only rounded", packed),
-        "student": ("ternary, trained", packed),
+        "student": ("ternary, trained" if steps else "the same, packed", packed),
     }
     rows = [
         (label, number(payload[who]["perplexity"]), *cells)
@@ -277,6 +278,8 @@ def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
 
 
 def _budget(training: Payload) -> str:
+    if not training["steps"]:
+        return "nothing: this is the start of training alone"
     rate = f"{training['tokens_per_second']:,.0f} a second"
     return f"{training['tokens']:,} tokens in {training['steps']:,} steps, {rate}"
 

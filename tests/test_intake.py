@@ -157,6 +157,14 @@ def test_verifying_against_another_model_names_layer_and_row(tmp_path: Path) -> 
         verify(tmp_path / "out", str(tmp_path / "dense"))
 
 
+def test_what_names_its_own_layers_takes_no_choice_of_them(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path / "dense")
+    pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
+    for choice in ({"group_size": 16}, {"skip": ("down_proj",)}):
+        with pytest.raises(RecipeError, match="says itself which layers"):
+            pack(str(tmp_path / "out"), tmp_path / "again", **choice)
+
+
 # --- BitNet ---------------------------------------------------------------------------------------
 
 
