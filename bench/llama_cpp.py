@@ -15,7 +15,9 @@ so that it and ternq share no library. For each pair it is asked for three thing
   block, whose difference (root mean square) is printed in units of their standard deviation.
 
 llama.cpp rounds activations to 8 bits in its matrix products, ternq computes in float32: logits are
-close, not equal. Exit status 1 if tokens differ or a perplexity is off by more.
+close, not equal. With ``--float32`` llama.cpp gets a copy of each file with the same values in
+float32, where it rounds nothing: what is left then is the file's own. Exit status 1 if tokens
+differ or a perplexity is off by more.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import math
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,7 @@ def compare(artefact: str, file: Path, llama: str, text: str, length: int, count
     loaded = load(artefact, dtype=torch.float32, offline=True)
     loaded.model.generation_config.max_length = None
     tokenizer, model = loaded.tokenizer, loaded.model
+    _unpack(model)
     ids = tokenizer(text)["input_ids"]
     count = min(count, len(ids) // length)
     blocks = [ids[i * length : (i + 1) * length] for i in range(count)]
@@ -143,6 +147,43 @@ def compare(artefact: str, file: Path, llama: str, text: str, length: int, count
     }
 
 
+def _unpack(model: Any) -> None:
+    """Put the same values in dense layers: packed ones are unpacked anew for every token."""
+    import torch
+
+    from ternq.linear import packed_layers
+
+    for name, layer in packed_layers(model).items():
+        dense = torch.nn.Linear(1, 1, bias=False)
+        dense.weight = torch.nn.Parameter(layer.dequantized(), requires_grad=False)
+        dense.bias = layer.bias
+        model.set_submodule(name, dense)
+
+
+def float32_copy(file: Path, folder: Path) -> Path:
+    """The same model with every tensor in float32."""
+    import gguf
+
+    from ternq.formats.gguf_file import Header
+    from ternq.formats.gguf_layers import values
+
+    header = Header(file)
+    header.without_data(folder / "header.gguf")
+    fields = gguf.GGUFReader(folder / "header.gguf").fields
+    writer = gguf.GGUFWriter(folder / file.name, fields["general.architecture"].contents())
+    for name, field in fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for name in header.tensors:
+        writer.add_tensor(name, values(header, name).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / file.name
+
+
 def _parting(model: Any, prompt: list[int], made: list[int]) -> dict[str, Any] | None:
     """Where a continuation leaves the likeliest one of ternq, and by how much that was likelier."""
     import torch
@@ -167,6 +208,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text whose perplexity is taken")
     parser.add_argument("--length", type=int, default=512, help="tokens of a block")
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--float32", action="store_true", help="no 8-bit activations")
     parser.add_argument("--out", type=Path, help="results as JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -179,7 +221,9 @@ def main() -> None:
     print(f"{'file':32} {'MB':>6} tokens  texts  perplexity  llama.cpp   ratio  logits")
     for pair in options.pairs:
         artefact, _, file = pair.rpartition("=")
-        row = compare(artefact, Path(file), options.llama, text, options.length, options.blocks)
+        with tempfile.TemporaryDirectory() as folder:
+            own = float32_copy(Path(file), Path(folder)) if options.float32 else Path(file)
+            row = compare(artefact, own, options.llama, text, options.length, options.blocks)
         rows.append(row)
         alike = f"{row['texts'] - len(row['other_tokens'])}/{row['texts']}"
         same = f"{row['continuations'] - len(row['parted'])}/{row['continuations']}"

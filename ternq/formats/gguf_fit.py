@@ -4,7 +4,7 @@ Types without a minimum hold ``scale * code`` exactly. In those with one a weigh
 ``scale * code + shift`` is ``d * level + m``, with ``d`` the scale, ``level = code + c`` and
 ``m = shift - c * d`` rounded to float16. ``c`` and the sign of ``d`` (with it, of the codes) are
 free; taken so that ``m`` is small, its rounding is at most 2^-11 of the scale as long as the shift
-is at most 14.5 scales (Q4_1), or 2.5 (Q2_K). Without shift ``m = -d`` is exact.
+is at most 15 scales (Q4_1), or 3 (Q2_K). Without shift ``m = -d`` is exact.
 """
 
 import math
