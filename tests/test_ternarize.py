@@ -7,10 +7,13 @@ from typing import Any
 
 import checkpoints
 import pytest
+from huggingface_hub import ModelCard
 
 from ternq import corpus, train
 from ternq import ternarize as verbs
-from ternq.errors import RecipeError
+from ternq.errors import InputError, RecipeError
+from ternq.files import sha256
+from ternq.report import number
 from ternq.ternarize import ternarize
 
 
@@ -94,3 +97,43 @@ def test_overwriting_goes_on_with_its_own_stopped_run(
     steps = checkpoints.counted_steps(monkeypatch)
     make(overwrite=True)
     assert steps[0] == 1
+
+
+def test_the_card_tells_how_it_was_made_and_measured(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    (tmp_path / "more.txt").write_text("the cat sat on the mat and the dog ran to see. " * 5)
+    made = {"command": "ternq ternarize model", "versions": {"ternq": "9.9", "torch": "8.8"}}
+    tasks = (str(tmp_path / "more.txt"),)
+    report = make(embeddings="int8", tasks=tasks, made=made)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    model = str(tmp_path / "model")
+    assert (card.data["license"], card.data["base_model"]) == ("mit", model)
+    first = card.text.strip().splitlines()[0]
+    assert first.startswith("Load it with") and "trust_remote_code=True" in first
+    for said in (
+        "| licence of the base model | mit |",
+        "| embeddings and head | 8.444 bits a weight |",
+        f"| held-out | token perplexity | {number(report['teacher']['perplexity'])} |",
+        f"| {number(report['student']['word_perplexity'])} |",
+        f"| {tasks[0]} | token perplexity |",
+        f"`{sha256(tmp_path / 'text.jsonl')}`",
+        "```bash\nternq ternarize model\n```",
+        "With ternq 9.9, torch 8.8.",
+        '"batch_size": 2',
+    ):
+        assert said in card.text, said
+    for name in (model, str(tmp_path / "out")):
+        assert report["results"][name][tasks[0]]["token_perplexity"] > 1
+    assert make(embeddings="int8", tasks=tasks, made=made) == report  # finished: nothing to do
+    with pytest.raises(RecipeError, match="other options"):
+        make()
+
+
+def test_tasks_that_cannot_be_measured_are_said_before_the_training(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no file or folder"):
+        make(tasks=("./missing.txt",))
+    assert not (tmp_path / "out.run").exists()
