@@ -19,7 +19,7 @@ from ternq.formats import Exported, Options
 from ternq.formats.gguf_codec import KINDS, Kind
 from ternq.formats.gguf_file import Header
 from ternq.formats.gguf_fit import smallest
-from ternq.formats.gguf_layers import values
+from ternq.formats.gguf_layers import values, values_by_gguf
 from ternq.formats.gguf_models import ROPE_FACTORS, Model, described, uninterleaved
 from ternq.formats.gguf_tokenizer import vocabulary
 from ternq.formats.gguf_writer import Plan, digest, stored_bytes, write
@@ -132,7 +132,12 @@ def _values_of(path: Path, kinds: set[Kind]) -> tuple[Callable[[str], Tensor], s
     known = {member.value for member in gguf.GGMLQuantizationType}
     if not {kind.id for kind in kinds} <= known:
         header = Header(path)
-        return lambda name: values(header, name), "ternq (gguf-py does not know Q2_0)"
+
+        def mixed(name: str) -> Tensor:
+            by = values_by_gguf if header.tensors[name].type in known else values
+            return by(header, name)
+
+        return mixed, f"gguf-py {_version('gguf')}; layers of Q2_0, which it does not know: ternq"
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
     def read(name: str) -> Tensor:

@@ -40,17 +40,23 @@ class Tensors:
 
 
 def values(header: Header, name: str) -> Tensor:
-    """A tensor of a file as float32, whatever its type; what gguf-py decodes is left to it.
+    """A tensor of a file as float32, whatever its type; what is not ours is left to gguf-py.
 
     Raises:
         InputError: a type that neither of us knows, or rows that its blocks do not divide.
     """
+    entry = header.tensors[name]
+    kind = _BY_ID.get(entry.type)
+    if kind is None:
+        return values_by_gguf(header, name)
+    return decode(kind, _blocks(header, name, kind)).values().reshape(entry.shape)
+
+
+def values_by_gguf(header: Header, name: str) -> Tensor:
+    """The same by gguf-py alone."""
     import gguf
 
     entry = header.tensors[name]
-    kind = _BY_ID.get(entry.type)
-    if kind is not None:
-        return decode(kind, _blocks(header, name, kind)).values().reshape(entry.shape)
     try:
         known = gguf.GGMLQuantizationType(entry.type)
         block, size = gguf.GGML_QUANT_SIZES[known]
