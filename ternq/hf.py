@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ternq import checkpoint, structure
 from ternq.errors import InputError, ResourceError, VerificationError
+from ternq.formats.gguf_file import Header
 from ternq.linear import TernaryLinear, packed_layers
 from ternq.modeling_ternq import (
     METHOD,
@@ -250,6 +251,16 @@ _BASE_FILES = (
 )
 
 
+def save_gguf_base(file: Path, folder: Path) -> None:
+    """Write configuration and tokenizer of a GGUF file as transformers understands them."""
+    from transformers import AutoConfig
+
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    with _in_words(str(file), offline=True):
+        AutoConfig.from_pretrained(file.parent, **where).save_pretrained(folder)
+        _tokenizer(str(file), str(file.parent), where).save_pretrained(folder)
+
+
 def copy_base(base: Path, folder: Path) -> None:
     """Copy generation settings and tokenizer from one folder to another, and nothing else."""
     for name in _BASE_FILES:
@@ -447,12 +458,25 @@ def _tokenizer(model: str, where: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where, **options)
+        found: Any = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # tokenizers raises nothing narrower for a damaged file
         raise InputError(
             f"'{model}' has no tokenizer that can be loaded ({_first_line(error).rstrip(' :.')}).",
             "Put the model's own tokenizer.json and tokenizer_config.json beside its weights.",
         ) from error
+    if "gguf_file" in options:
+        _cut_digits(found, Header(Path(where) / options["gguf_file"]))
+    return found
+
+
+def _cut_digits(tokenizer: Any, header: Header) -> None:
+    """Cut numbers into digits where a GGUF file says so by name; transformers 5.23 forgets that."""
+    from tokenizers import pre_tokenizers
+
+    core = tokenizer.backend_tokenizer
+    if header.cuts_digits and isinstance(core.pre_tokenizer, pre_tokenizers.ByteLevel):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        core.pre_tokenizer = pre_tokenizers.Sequence([digits, core.pre_tokenizer])
 
 
 def _refuse_not_finite(model: nn.Module, source: str) -> None:

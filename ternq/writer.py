@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import checkpoint
+from ternq import checkpoint, files
 from ternq.files import write_json
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -75,6 +75,8 @@ class TensorWriter:
             file.close()
         if kind is not None:
             return
+        for name in self._names:
+            files.sync(self.folder / name)
         missing = [name for name in self._layout if name not in self.digests]
         if missing:
             raise ValueError(f"{missing[0]} was never written")

@@ -122,18 +122,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Source]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def door(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What transformers makes of a file's header."""
-
-    def save(file: Path, folder: Path) -> None:
-        for kind in (transformers.AutoConfig, AutoTokenizer):
-            kind.from_pretrained(folder, gguf_file=file.name).save_pretrained(folder)
-
-    if not hasattr(hf, "save_gguf_base"):
-        monkeypatch.setattr(hf, "save_gguf_base", save, raising=False)
-
-
 def export(source: Source, folder: Path, **options: Any) -> tuple[Path, Exported]:
     folder.mkdir(exist_ok=True)
     result = ours.export(source, folder, Options(**options), ignore)

@@ -16,6 +16,8 @@ import ternq
 PACKAGE = ROOT / "ternq"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def module_name(path: Path) -> str:
     """``formats.gguf`` for a file of the package; a folder's ``__init__`` is the folder."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts

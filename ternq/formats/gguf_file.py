@@ -21,6 +21,7 @@ MAGIC = b"GGUF"
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _I8 = 24
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r")
 _DEPTH = 4  # of arrays in arrays
 _LARGEST = 2**40  # of a count or a dimension
 
@@ -64,6 +65,11 @@ class Header:
         if not raw:
             return torch.zeros(rows, 0, dtype=torch.uint8)
         return torch.frombuffer(raw, dtype=torch.uint8).reshape(rows, -1)
+
+    @property
+    def cuts_digits(self) -> bool:
+        """Whether its tokenizer cuts numbers into digits before it does anything else."""
+        return self.fields.get("tokenizer.ggml.pre") in _SINGLE_DIGITS
 
     def without_data(self, path: Path) -> None:
         """Write a file with the same keys whose tensors, by the same names, are one byte each.

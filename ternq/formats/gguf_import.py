@@ -24,8 +24,6 @@ from ternq.formats.gguf_writer import OWN_KEY
 from ternq.source import Source
 
 _DENSE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_DIGITS = {"type": "Digits", "individual_digits": True}
-_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r")
 
 
 @contextmanager
@@ -149,10 +147,9 @@ def _own(header: Header) -> dict[str, Any]:
 
 
 def _write_base(header: Header, base: Path) -> None:
-    """Have transformers write configuration and tokenizer, and mend what it does not know."""
-    door: Any = hf  # hf.save_gguf_base(file, folder)
+    """Have transformers write configuration and tokenizer; ours stands in the file as it was."""
     header.without_data(base / "header.gguf")
-    door.save_gguf_base(base / "header.gguf", base)
+    hf.save_gguf_base(base / "header.gguf", base)
     (base / "header.gguf").unlink()
     own = _own(header).get("config")
     found = checkpoint.read_json(base / "config.json")
@@ -161,7 +158,6 @@ def _write_base(header: Header, base: Path) -> None:
     checkpoint.write_json(
         base / "config.json", {k: v for k, v in config.items() if k not in left_out}
     )
-    _mend_tokenizer(header, base / "tokenizer.json")
 
 
 def _mended(header: Header, config: dict[str, Any]) -> dict[str, Any]:
@@ -180,12 +176,3 @@ def _mended(header: Header, config: dict[str, Any]) -> dict[str, Any]:
     config["attention_bias"] = name == "llama" and "blk.0.attn_q.bias" in header.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     return config
-
-
-def _mend_tokenizer(header: Header, path: Path) -> None:
-    """Single digits, where llama.cpp's name for the cut says so; transformers forgets them."""
-    data = checkpoint.read_json(path)
-    cut = data.get("pre_tokenizer") or {}
-    if header.fields.get("tokenizer.ggml.pre") in _SINGLE_DIGITS and cut.get("type") == "ByteLevel":
-        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [_DIGITS, cut]}
-        checkpoint.write_json(path, data)

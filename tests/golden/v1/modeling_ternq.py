@@ -5,6 +5,7 @@ that ``from_pretrained(..., trust_remote_code=True)`` loads one where ternq is n
 ternq is imported, these same classes are used, and the copy is not. The format is docs/format.md.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,16 @@ FORMAT_VERSION = 1
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
     """Codes int8 ``[out, columns]`` of bytes uint8 ``[out, ceil(columns / 5)]``."""
-    digits = [packed.div(3**k, rounding_mode="floor").remainder_(3) for k in (4, 3, 2, 1, 0)]
-    return torch.stack(digits, dim=2).flatten(1)[:, :columns].to(torch.int8) - 1
+    codes = five_codes(packed.device).index_select(0, packed.flatten().int())
+    return codes.view(len(packed), -1)[:, :columns]
+
+
+@functools.cache
+def five_codes(device: torch.device) -> Tensor:
+    """The codes that each byte stands for: int8 ``[256, 5]``, the first in the 81s."""
+    places = torch.tensor([81, 27, 9, 3, 1])
+    digits = torch.arange(256).unsqueeze(1).div(places, rounding_mode="floor") % 3
+    return (digits - 1).to(torch.int8).to(device)
 
 
 def by_column(values: Tensor, columns: int, group_size: int) -> Tensor:
