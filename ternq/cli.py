@@ -78,6 +78,7 @@ command = partial(options.command, app, call=boundary.call)
     Scheme,
     Training,
     options.access,
+    options.rare(options.measures),
     options.rare(options.limits),
     options.rare(options.reports),
     examples="ternq ternarize demo\nternq ternarize ./SmolLM2 --data notes.txt --tokens 2000000",
@@ -93,16 +94,6 @@ def ternarize(
     preset: options.Preset = "auto",
     keep_dtype: options.KeepDtype = False,
     embeddings: options.Embeddings = "keep",
-    tasks: Annotated[
-        str | None,
-        options.option(
-            "--tasks",
-            metavar="NAME,...",
-            help="Also measure these of both models; see ternq eval.",
-        ),
-    ] = None,
-    limit: options.Documents = None,
-    data_dir: options.DataDir = None,
     seed: options.Seed = None,
     device: options.Device = None,
     *,
@@ -126,9 +117,9 @@ def ternarize(
         time_limit=time_limit,
         keep_dtype=keep_dtype,
         embeddings=embeddings,
-        tasks=_names(tasks or ""),
-        limit=_limit(limit),
-        data_dir=data_dir,
+        tasks=_names(settings["tasks"] or ""),
+        limit=_limit(settings["limit"]),
+        data_dir=settings["data_dir"],
         made=_made(),
         **world,
     )
@@ -250,14 +241,14 @@ def pack(
     """Pack what is ternary for from_pretrained or another program, and prove it."""
     if model is None and verify is None:
         raise UsageMistake("Name a MODEL to pack, or --verify DIR.", "See ternq pack --help.")
-    from ternq.pack import Options
+    from ternq.formats import Options
     from ternq.pack import pack as verb
     from ternq.pack import verify as check
 
     if verify is not None:
         if out is not None:
             raise UsageMistake("--verify writes nothing, so -o has no meaning beside it.")
-        checked = check(verify, model, progress=progress, **settings)
+        checked = check(verify, model=model, progress=progress, **settings)
         return {"model": str(verify), "out": None, **checked}
     if format != "ternq" and embeddings != "keep":
         raise RecipeError(f"--embeddings {embeddings} is of the format ternq, not of {format}.")

@@ -199,11 +199,7 @@ KeepDtype = Annotated[
 ]
 Embeddings = Annotated[
     Literal["keep", "int8"],
-    option(
-        "--embeddings",
-        metavar="keep|int8",
-        help="Embeddings and output head: as they are, or 8 bits a weight.",
-    ),
+    option("--embeddings", metavar="keep|int8", help="Keep embeddings, or store 8 bits."),
 ]
 Teacher = Annotated[
     str | None,
@@ -276,6 +272,19 @@ def output(
     ] = False,
 ) -> None:
     """What every command has."""
+
+
+def measures(
+    tasks: Annotated[
+        str | None,
+        option(
+            "--tasks", panel=OUTPUT, metavar="NAME,...", help="Measure both models; see ternq eval."
+        ),
+    ] = None,
+    limit: Documents = None,
+    data_dir: DataDir = None,
+) -> None:
+    """What is measured of both models, for the card."""
 
 
 def limits(

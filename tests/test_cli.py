@@ -17,6 +17,7 @@ import pytest
 
 import ternq
 from ternq import boundary, cli, errors, stop, terminal
+from ternq.formats import Options
 from ternq.options import duration_of
 from ternq.progress import Event
 from ternq.recipe import Scheme, Training, default_recipe, flag
@@ -211,8 +212,14 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     assert expected.items() <= verb.options.items()
     assert run("pack --verify packed") == 0
     assert verb.args == (Path("packed"),)
-    for wrong in ("pack", "pack run --verify packed", "pack run --format gguf"):
-        assert run(wrong) == 2
+    assert run("pack run --verify packed") == 0
+    assert verb.options["model"] == "run"
+    assert run("pack run --format gguf --encoding Q4_1 --exact") == 0
+    assert verb.args == ("run", Path("run-gguf"))
+    assert verb.options["options"] == Options(exact=True, encoding="Q4_1")
+    wrong = ("pack", "pack run --format zip", "pack run --lossy", "pack --verify x -o y")
+    for line in (*wrong, "pack run --format mlx --embeddings int8", "pack run --group-size 0"):
+        assert run(line) == 2
 
 
 def test_eval_options(fake: Callable[..., Fake]) -> None:

@@ -159,9 +159,9 @@ def test_without_ternq_loading_fails(shared: Path, option: str) -> None:
         "import sys\nfrom transformers import AutoModelForCausalLM\n"
         f"AutoModelForCausalLM.from_pretrained(sys.argv[1]{option})\nprint('loaded')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(shared)], capture_output=True, text=True, check=False
-    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-c", script, str(shared)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "loaded" not in done.stdout
     assert "ternq" in done.stderr

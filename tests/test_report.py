@@ -12,7 +12,9 @@ from ternq import report
 WEIGHTS = {
     "coverage": 0.8,
     "bpw_linear": 1.85,
+    "bpw_embeddings": 16.0,
     "bpw_total": 4.6,
+    "bpw_file": 4.7,
     "bytes": 2_300_000,
     "bytes_dense_bf16": 8_000_000,
     "zero_share": 0.43,
@@ -66,9 +68,9 @@ def test_ternarize_compares_the_three_models() -> None:
     [quality, _] = report.tables(TERNARIZED)
     assert [row[1] for row in quality.rows] == ["10", "1,000", "20"]
     assert [row[2:] for row in quality.rows] == [
-        ("16", "16", "8 MB"),
-        ("1.850", "4.600", "2.4 MB"),
-        ("1.850", "4.600", "2.4 MB"),
+        ("16", "16", "16", "8 MB"),
+        ("1.850", "16.000", "4.700", "2.4 MB"),
+        ("1.850", "16.000", "4.700", "2.4 MB"),
     ]
 
 
@@ -142,7 +144,7 @@ def test_pack_and_verify() -> None:
     checked = packed | {"command": "pack", "out": None}
     checked["verify"] = {"checked": 42, "max_abs_logit_diff": None, "ok": True}
     text = " ".join(shown(checked).split())
-    assert "42 layers and the SHA-256 of every file" in text
+    assert "42 layers, to the bit; SHA-256 of every file" in text
     assert "next" not in text
 
 
