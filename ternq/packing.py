@@ -10,6 +10,7 @@ from torch import Tensor
 
 CODES_PER_BYTE = 5
 LARGEST_BYTE = 3**CODES_PER_BYTE - 1
+_PART = 2**19  # codes that are packed in one go, so that the passes over them stay in the cache
 _PLACES = tuple(3**k for k in reversed(range(CODES_PER_BYTE)))  # 81, 27, 9, 3, 1
 _CODES = [[byte // place % 3 - 1 for place in _PLACES] for byte in range(256)]
 
@@ -33,10 +34,16 @@ def pack_base3(codes: Tensor) -> Tensor:
         raise ValueError(f"codes are int8 [out, in], not {codes.dtype} {list(codes.shape)}")
     if codes.numel() and (codes.min() < -1 or codes.max() > 1):
         raise ValueError("codes are -1, 0 or +1")
+    step = max(1, _PART // max(1, codes.shape[1]))
+    parts = [_packed(part) for part in torch.split(codes, step)]
+    return torch.cat(parts)
+
+
+def _packed(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     width = packed_width(columns)
     digits = torch.ones(rows, width * CODES_PER_BYTE, dtype=torch.uint8, device=codes.device)
-    digits[:, :columns] = (codes + 1).to(torch.uint8)
+    digits[:, :columns] = codes.view(torch.uint8) + 1  # -1 is 255 there, and 256 is 0
     digits = digits.view(rows, width, CODES_PER_BYTE)
     packed = digits[..., 0].clone()
     for place in range(1, CODES_PER_BYTE):

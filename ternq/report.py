@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Payload = Mapping[str, Any]
-_SIZES = ("bits/weight linear", "embedding", "file", "size")
+_SIZES = ("bits: linears", "embeddings", "file", "size")
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _quality(payload: Payload) -> Table:
     steps = (payload.get("training") or {}).get("steps")
     names = {
         "teacher": ("teacher (bf16)", dense),
-        "untrained": ("ternary, only rounded", packed),
+        "untrained": ("only rounded", packed),
         "student": ("ternary, trained" if steps else "the same, packed", packed),
     }
     rows = [

@@ -762,6 +762,8 @@ def test_single_digits_stay(source: Callable[..., Source], tmp_path: Path) -> No
     with opened(path) as again:
         cut = json.loads((again.base / "tokenizer.json").read_text())["pre_tokenizer"]
         assert [step["type"] for step in cut["pretokenizers"]] == ["Digits", "ByteLevel"]
+    pieces = hf.load(str(path)).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")
+    assert [piece for piece, _ in pieces] == ["a", "1", "2"]
 
 
 def test_a_code_that_is_none_is_refused(source: Callable[..., Source], tmp_path: Path) -> None:
