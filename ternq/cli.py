@@ -241,6 +241,7 @@ def pack(
     """Pack what is ternary for from_pretrained or another program, and prove it."""
     if model is None and verify is None:
         raise UsageMistake("Name a MODEL to pack, or --verify DIR.", "See ternq pack --help.")
+    offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options
     from ternq.pack import pack as verb
     from ternq.pack import verify as check
@@ -248,7 +249,7 @@ def pack(
     if verify is not None:
         if out is not None:
             raise UsageMistake("--verify writes nothing, so -o has no meaning beside it.")
-        checked = check(verify, model=model, progress=progress, **settings)
+        checked = check(verify, model=model, offline=offline, progress=progress)
         return {"model": str(verify), "out": None, **checked}
     if format != "ternq" and embeddings != "keep":
         raise RecipeError(f"--embeddings {embeddings} is of the format ternq, not of {format}.")
@@ -265,8 +266,8 @@ def pack(
         overwrite=overwrite,
         keep_dtype=keep_dtype,
         extra={"made": _made()},
+        offline=offline,
         progress=progress,
-        **settings,
     )
 
 

@@ -36,7 +36,6 @@ def opened(
     group_size: int | None,
     skip: tuple[str, ...],
     offline: bool,
-    trust_remote_code: bool,
     progress: Progress,
 ) -> Iterator[Source]:
     """The ternary model that ``model`` names.

@@ -41,7 +41,6 @@ def pack(
     overwrite: bool = False,
     keep_dtype: bool = False,
     offline: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = ignore,
     extra: Mapping[str, Any] | None = None,
     measure: Measure | None = None,
@@ -60,7 +59,7 @@ def pack(
     """
     checkpoint.check_output(out, overwrite)
     options = options or Options()
-    with _opened(model, group_size, skip, offline, trust_remote_code, progress) as source:
+    with _opened(model, group_size, skip, offline, progress) as source:
         _refuse_input(model, out)
         _check_room(source, format, out)
         with checkpoint.staging(out, overwrite) as staged:
@@ -84,7 +83,6 @@ def verify(
     model: str | None = None,
     *,
     offline: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = ignore,
 ) -> dict[str, Any]:
     """Check an artefact, and with ``model`` that it is what that run or checkpoint holds.
@@ -98,11 +96,11 @@ def verify(
                 "Leave MODEL out to check its files.",
             )
         manifest = checkpoint.verify_files(folder, checkpoint.EXPORT_MANIFEST)
-        kept = {key: manifest[key] for key in ("format", "weights", "files", "verify")}
+        kept = {key: manifest.get(key) for key in ("format", "weights", "files", "verify")}
         return kept | {"notes": ["The SHA-256 of every file; the format's reader was not run."]}
     if model is None:
         return proof.verify(folder, progress=progress)
-    with _opened(model, None, (), offline, trust_remote_code, progress) as source:
+    with _opened(model, None, (), offline, progress) as source:
         return proof.verify(folder, source, progress=progress)
 
 
@@ -112,7 +110,6 @@ def _opened(
     group_size: int | None,
     skip: tuple[str, ...],
     offline: bool,
-    trust_remote_code: bool,
     progress: Progress,
 ) -> Iterator[Source]:
     if isinstance(model, str):
@@ -121,7 +118,6 @@ def _opened(
             group_size=group_size,
             skip=skip,
             offline=offline,
-            trust_remote_code=trust_remote_code,
             progress=progress,
         ) as source:
             yield source

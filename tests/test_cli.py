@@ -208,7 +208,7 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     verb = fake("pack")
     assert run("pack run -o packed --overwrite --keep-dtype --format ternq") == 0
     assert verb.args == ("run", Path("packed"))
-    expected = {"overwrite": True, "keep_dtype": True, "offline": False, "trust_remote_code": False}
+    expected = {"overwrite": True, "keep_dtype": True, "offline": False}
     assert expected.items() <= verb.options.items()
     assert run("pack --verify packed") == 0
     assert verb.args == (Path("packed"),)

@@ -99,7 +99,6 @@ def take_in(folder: Path) -> None:
         group_size=None,
         skip=(),
         offline=True,
-        trust_remote_code=False,
         progress=ignore,
     ) as source:
         for _, weight in source.layers():
