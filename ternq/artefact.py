@@ -65,13 +65,14 @@ def write(
     tables = _tables(ends) if eight_bit else {}
     parameters = {n for n, _ in source.skeleton.named_parameters(remove_duplicate=False)}
     layout = _layout(source, dtype, parameters, tables)
-    written = Written({}, Tally())
+    written, done = Written({}, Tally()), 0
     with TensorWriter(folder, layout) as writer:
         for name in _order(source):
             if name in source.modules:
                 for part, tensor in _packed(source, name, written):
                     writer.write(f"{name}.{part}", tensor)
-                progress(Event("pack", done=_done(source, name), total=len(source.modules)))
+                done += 1
+                progress(Event("pack", done=done, total=len(source.modules)))
             elif name in tables:
                 for part, tensor in _eight_bit(name, source.tensor(name), written):
                     writer.write(f"{name.removesuffix('weight')}{part}", tensor)
@@ -123,10 +124,6 @@ def _order(source: Source) -> Iterator[str]:
             given.add(name)
             yield name
     yield from (name for name in source.others if name not in given)
-
-
-def _done(source: Source, name: str) -> int:
-    return source.modules.index(name) + 1
 
 
 def _packed(source: Source, name: str, written: Written) -> Iterator[tuple[str, Tensor]]:

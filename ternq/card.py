@@ -187,4 +187,5 @@ def _lines(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator
     yield "| " + " | ".join(header) + " |"
     yield "|" + " --- |" * len(header)
     for row in rows:
-        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+        cells = (" ".join(str(cell).split()).replace("|", "\\|") for cell in row)
+        yield "| " + " | ".join(cells) + " |"

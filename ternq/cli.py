@@ -20,7 +20,7 @@ import typer
 import ternq
 from ternq import boundary, helptext, options
 from ternq.boundary import Payload, UsageMistake
-from ternq.errors import InputError, RecipeError
+from ternq.errors import InputError
 from ternq.progress import Progress
 from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge
 
@@ -247,14 +247,22 @@ def pack(
     from ternq.pack import verify as check
 
     if verify is not None:
-        if out is not None:
-            raise UsageMistake("--verify writes nothing, so -o has no meaning beside it.")
+        others = {
+            "-o": out,
+            "--overwrite": overwrite,
+            "--format": format != "ternq",
+            "--encoding": encoding,
+            "--exact": exact,
+            "--lossy": lossy,
+            "--embeddings": embeddings != "keep",
+            "--group-size": group_size,
+            "--skip": skip,
+            "--keep-dtype": keep_dtype,
+        }
+        if beside := next((name for name, given in others.items() if given), None):
+            raise UsageMistake(f"--verify writes nothing: {beside} has no meaning beside it.")
         checked = check(verify, model=model, offline=offline, progress=progress)
         return {"model": str(verify), "out": None, **checked}
-    if format != "ternq" and embeddings != "keep":
-        raise RecipeError(f"--embeddings {embeddings} is of the format ternq, not of {format}.")
-    if format == "ternq" and (encoding or lossy):
-        raise RecipeError("--encoding and --lossy are of other formats.", "Name one with --format.")
     return verb(
         cast("str", model),
         _path(out),

@@ -84,7 +84,9 @@ def load(
     if path is not None and (path / RUN_FILE).is_file():
         return _load_run(model, path, device)
     where, options = _where(model, path)
-    options |= {"local_files_only": offline, "trust_remote_code": trust_remote_code}
+    ours = path is not None and (path / checkpoint.MANIFEST).is_file()
+    trusted = trust_remote_code and not ours  # the code in an artefact is a copy of our own
+    options |= {"local_files_only": offline, "trust_remote_code": trusted}
     with _of_artefact(path), _in_words(model, offline):
         config = _config(model, where, options)
         own = getattr(config, "dtype", None)
@@ -161,12 +163,13 @@ def model_folder(model: str, path: Path | None, offline: bool) -> Path:
 def licence(model: str, path: Path | None = None, offline: bool = False) -> str | None:
     """The licence that a model's card names; None if there is no card, or it names none."""
     from huggingface_hub import ModelCard, hf_hub_download
+    from yaml import YAMLError
 
     try:
         if path is None:
             path = Path(hf_hub_download(model, "README.md", local_files_only=offline)).parent
         found = ModelCard.load(path / "README.md").data.get("license")
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return None
     return found if isinstance(found, str) else None
 
@@ -274,7 +277,9 @@ def undo_int8(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, Int8):
             continue
-        weight = shared.setdefault(id(layer.weight), nn.Parameter(layer.dequantized()))
+        if id(layer.weight) not in shared:
+            shared[id(layer.weight)] = nn.Parameter(layer.dequantized())
+        weight = shared[id(layer.weight)]
         rows, columns = weight.shape
         plain: Any
         with torch.device("meta"):

@@ -8,16 +8,17 @@ types.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf
-from ternq.errors import InputError, RecipeError
+from ternq import checkpoint, hf, structure
+from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.linear import select
-from ternq.modeling_ternq import features
+from ternq.modeling_ternq import TernqConfig, features
 from ternq.progress import Event, Progress
 from ternq.recipe import Scheme, display_name
 from ternq.recover import NotTernaryError, recover, scheme_of
@@ -27,6 +28,8 @@ from ternq.ternary import TernaryWeight
 _SAMPLED_ROWS = 8  # at the beginning, in the middle and at the end of a layer each
 _BITNET = "bitnet"
 _CODES_PER_BYTE = 4
+# buffers that older versions of transformers stored, and newer ones compute
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|masked_bias|attention\.bias)$")
 
 
 @contextmanager
@@ -37,11 +40,13 @@ def opened(
     skip: tuple[str, ...],
     offline: bool,
     progress: Progress,
+    like: TernqConfig | None = None,
 ) -> Iterator[Source]:
     """The ternary model that ``model`` names.
 
     ``group_size`` and ``skip`` are for dense checkpoints: the group to look for instead of the
-    largest that fits, and layers to leave dense.
+    largest that fits, and layers to leave dense; or ``like`` says both, as of an artefact that was
+    made of it.
 
     Raises:
         InputError: it is missing, damaged, or not ternary; the message names layer and row.
@@ -62,10 +67,11 @@ def opened(
         yield open_run(path)
     elif path is not None and (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify_files(path)
-        yield open_artefact(path)
+        found = open_artefact(path)
+        yield replace(found, layer=lambda name: found.layer(name).canonical())
     else:
         folder = hf.model_folder(model, path, offline)
-        yield open_checkpoint(model, folder, group_size, skip)
+        yield open_checkpoint(model, folder, group_size, skip, like)
 
 
 def _says_its_layers(path: Path) -> bool:
@@ -74,13 +80,24 @@ def _says_its_layers(path: Path) -> bool:
 
 
 def open_checkpoint(
-    model: str, folder: Path, group_size: int | None = None, skip: tuple[str, ...] = ()
+    model: str,
+    folder: Path,
+    group_size: int | None = None,
+    skip: tuple[str, ...] = (),
+    like: TernqConfig | None = None,
 ) -> Source:
     """A folder of safetensors that is ternary by value, or BitNet's.
+
+    ``like`` is the configuration of an artefact: its group size and layers are looked for.
 
     Raises:
         InputError: it is not; the message names layer, row and how many values stand there.
     """
+    tensors = checkpoint.TensorFolder(folder)
+    try:
+        structure.check_config(folder / "config.json", len(list(tensors)))
+    except VerificationError as error:
+        raise InputError(error.message, error.hint) from error
     config = checkpoint.read_json(folder / "config.json")
     quantization = config.pop("quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
@@ -91,9 +108,11 @@ def open_checkpoint(
             "and GGUF files of ternary types.",
         )
     skeleton = hf.skeleton(folder)
-    tensors = checkpoint.TensorFolder(folder)
     names = _names(model, skeleton, tensors, scales=method == _BITNET)
     chosen = select(skeleton, Scheme(group_size=1, skip=skip)).chosen
+    if like is not None:
+        group_size = like.group_size
+        chosen = {name: chosen[name] for name in like.modules if name in chosen}
     rounded: dict[str, float] = {}
     if method == _BITNET:
         layers, notes = _bitnet(model, quantization, chosen, tensors, names, rounded)
@@ -117,7 +136,9 @@ def open_checkpoint(
         dtype=_dtype(tensors, others),
         layer=layer,
         tensor=lambda name: tensors[names[name]],
-        reload=None if method else lambda: hf.load(model, dtype=torch.float32).model,
+        reload=None
+        if method
+        else lambda: hf.load(str(folder), dtype=torch.float32, offline=True).model,
         rounded=rounded,
         notes=notes,
         about={"base_model": {"name": model, "license": hf.licence(model, folder)}},
@@ -133,25 +154,40 @@ def _names(
     """Name in the model -> name in the files, for every tensor that the model has."""
     prefix = f"{skeleton.base_model_prefix}."
     state = skeleton.state_dict()
+    known: set[str] = set()
     tied = getattr(skeleton, "all_tied_weights_keys", {})
     found = {}
     for name in state:
-        own = name if name in tensors else name.removeprefix(prefix)
-        if own in tensors and not (name in tied and tied[name] in tensors):
+        own = _stored_name(name, prefix, tensors)
+        source = _stored_name(tied.get(name, ""), prefix, tensors)
+        if own in tensors and source in tensors:
+            if not torch.equal(tensors[own], tensors[source]):
+                raise InputError(f"'{model}' ties {own} to {source}, but they differ.")
+            known.add(own)
+        elif own in tensors:
             found[name] = own
-            if not scales and tensors.shapes[own] != tuple(state[name].shape):
+            packed = scales and f"{own}_scale" in tensors
+            if not packed and tensors.shapes[own] != tuple(state[name].shape):
                 raise InputError(
                     f"'{model}' holds {own} as {_times(tensors.shapes[own])}; its configuration "
                     f"asks for {_times(state[name].shape)}.",
                     "Weights that another program has packed are not taken in.",
                 )
-        elif own not in tensors and name not in tied:
+        elif name not in tied:
             raise InputError(
                 f"'{model}' lacks weights that its configuration asks for, such as {name}."
             )
         if scales and f"{own}_scale" in tensors:
             found[f"{name}_scale"] = f"{own}_scale"
+    unknown = [n for n in tensors if n not in known | {*found.values()} and not _BUFFERS.search(n)]
+    if unknown:
+        raise InputError(f"'{model}' holds {unknown[0]}, which its model has no place for.")
     return found
+
+
+def _stored_name(name: str, prefix: str, tensors: checkpoint.TensorFolder) -> str:
+    """A checkpoint of the inner model alone leaves the prefix out."""
+    return name if name in tensors else name.removeprefix(prefix)
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -298,6 +334,7 @@ def _bitnet_layer(
     def read() -> TernaryWeight:
         weight = tensors[names[f"{name}.weight"]]
         if online:
+            _refuse_shape(name, weight, features(layer)[::-1])
             inverse = 1.0 / weight.float().abs().mean().clamp(min=1e-5)
             codes, value = (weight.float() * inverse).round().clamp(-1, 1), 1.0 / inverse
         else:
@@ -318,10 +355,16 @@ def _bitnet_layer(
     return read
 
 
+def _refuse_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != shape:
+        raise InputError(f"{name}.weight is {_times(weight.shape)}, not {_times(shape)}.")
+
+
 def _unpacked(name: str, packed: Tensor, layer: nn.Module) -> Tensor:
     """Codes ``[out, in]`` of BitNet's bytes ``[out / 4, in]``: two bits each, a quarter of rows."""
-    rows = features(layer)[1]
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or len(packed) * _CODES_PER_BYTE < rows:
+    columns, rows = features(layer)
+    _refuse_shape(name, packed, (-(-rows // _CODES_PER_BYTE), columns))
+    if packed.dtype != torch.uint8:
         raise InputError(f"{name}.weight is not packed as BitNet's weights are.")
     quarters = [(packed >> (2 * i)) & 3 for i in range(_CODES_PER_BYTE)]
     digits = torch.cat(quarters)[:rows]

@@ -49,14 +49,18 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move to a device, but keep float16 scales, which another type would round."""
-        kept = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        kept = {
+            n: b for n, b in self._buffers.items() if b is not None and b.dtype == torch.float16
+        }
         for name, buffer in kept.items():
             self._buffers[name] = buffer.view(torch.int16)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in kept:
-            moved = self._buffers[name]
-            assert moved is not None
-            self._buffers[name] = moved.view(torch.float16)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for name in kept:
+                moved = self._buffers[name]
+                assert moved is not None
+                self._buffers[name] = moved.view(torch.float16)
         return self
 
 

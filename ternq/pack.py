@@ -57,11 +57,12 @@ def pack(
         ResourceError: no room, or no permission.
         VerificationError: what was written is not what was given; nothing is published.
     """
-    checkpoint.check_output(out, overwrite)
     options = options or Options()
+    _check_request(format, embeddings, keep_dtype, options)
+    checkpoint.check_output(out, overwrite)
     with _opened(model, group_size, skip, offline, progress) as source:
         _refuse_input(model, out)
-        _check_room(source, format, out)
+        _check_room(source, format, options, out)
         with checkpoint.staging(out, overwrite) as staged:
             if format == "ternq":
                 made = _ternq(source, staged, embeddings, keep_dtype, options.exact, progress)
@@ -100,7 +101,15 @@ def verify(
         return kept | {"notes": ["The SHA-256 of every file; the format's reader was not run."]}
     if model is None:
         return proof.verify(folder, progress=progress)
-    with _opened(model, None, (), offline, progress) as source:
+    checkpoint.verify_files(folder)
+    with intake.opened(
+        model,
+        group_size=None,
+        skip=(),
+        offline=offline,
+        progress=progress,
+        like=hf.packed_config(folder),
+    ) as source:
         return proof.verify(folder, source, progress=progress)
 
 
@@ -127,6 +136,21 @@ def _opened(
     with tempfile.TemporaryDirectory() as folder:
         hf.save_base(model, Path(folder))
         yield of_model(model, Path(folder))
+
+
+def _check_request(format: str, embeddings: str, keep_dtype: bool, options: Options) -> None:
+    """Refuse options that do not fit each other, before anything is opened."""
+    if format not in ("ternq", *formats.MODULES):
+        raise RecipeError(
+            f"There is no format '{format}'.", f"Known: {', '.join(formats.MODULES)}."
+        )
+    if embeddings not in ("keep", "int8"):
+        raise RecipeError(f"--embeddings is 'keep' or 'int8', not '{embeddings}'.")
+    if format == "ternq" and (options.encoding or options.lossy):
+        raise RecipeError("--encoding and --lossy are of other formats.", "Name one with --format.")
+    if format != "ternq" and (embeddings != "keep" or keep_dtype):
+        flag = "--keep-dtype" if keep_dtype else f"--embeddings {embeddings}"
+        raise RecipeError(f"{flag} is of the format ternq, not of {format}.")
 
 
 def _ternq(
@@ -205,11 +229,12 @@ def _refuse_input(model: str | Loaded, out: Path) -> None:
         raise RecipeError(f"{out} holds the model itself.", "Choose another name with -o.")
 
 
-def _check_room(source: Source, format: str, out: Path) -> None:
+def _check_room(source: Source, format: str, options: Options, out: Path) -> None:
     """`ResourceError` if the disk has no room for the output, about."""
-    bits = {"ternq": 1.6 + 32 / source.group_size, "dense": 16}.get(format, 5)
+    wide = 32 if options.encoding == "float32" else 16
+    bits = {"ternq": 1.6 + 32 / source.group_size, "dense": wide}.get(format, 5)
     linear = sum(columns * rows for columns, rows in map(source.size, source.modules))
-    size = int(bits * linear / 8 + 2 * (source.parameters - linear))
+    size = int(bits * linear / 8 + wide / 8 * (source.parameters - linear))
     free = checkpoint.free_disk(out)
     if size > free:
         raise ResourceError(

@@ -48,7 +48,7 @@ def prove(source: Source, folder: Path, written: Written, progress: Progress) ->
             raise VerificationError(f"{name} is not in the file what was stored.")
     return {
         "checked": len(source.modules),
-        "max_abs_logit_diff": _compare_logits(source, folder, written, progress),
+        "max_abs_logit_diff": _compare_logits(source, folder, written),
         "ok": True,
         "constant_rows": written.constant_rows,
     }
@@ -192,9 +192,7 @@ def _check_structure(folder: Path) -> None:
 # --- logits ---------------------------------------------------------------------------------------
 
 
-def _compare_logits(
-    source: Source, folder: Path, written: Written, progress: Progress
-) -> float | None:
+def _compare_logits(source: Source, folder: Path, written: Written) -> float | None:
     """Logits of the artefact against a dense model of the same values, and against the source.
 
     One model at a time is in memory. Returns the largest absolute difference to the source, None

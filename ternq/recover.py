@@ -48,12 +48,15 @@ def recover(weight: Tensor, group_size: int, shift: bool) -> Recovered:
 
     Raises:
         NotTernaryError: a group is not so; it names the first such row.
-        ValueError: a scale or shift is not finite in float16, or vanishes there.
+        ValueError: a scale or shift is not finite in float16, or vanishes there; or the type is
+            none of float32, bfloat16 and float16.
 
     >>> found = recover(torch.tensor([[0.5, 0.0, -0.5, 0.5]]), 4, shift=False)
     >>> found.weight.codes.tolist(), found.weight.scale.tolist(), found.error
     ([[1, 0, -1, 1]], [[0.5]], 0.0)
     """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"its type is {weight.dtype}, not float32, bfloat16 or float16")
     part = _with_shift if shift else _symmetric
     step = max(1, _BLOCK // max(1, weight.shape[1]))
     parts, error = [], 0.0

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ternq import checkpoint, hf, packing, structure, ternary
-from ternq.errors import InputError, VerificationError
+from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.hf import Loaded
+from ternq.int8 import dequantize_rows
 from ternq.linear import TernaryLinear, ternary_layers
 from ternq.modeling_ternq import features
 from ternq.recipe import Recipe, display_name
 from ternq.ternary import TernaryWeight
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
-_KEPT = ("recipe", "base_model", "data", "data_sha256", "text_sha256", "student", "results")
+_KEPT = ("recipe", "base_model", "data", "data_sha256", "text_sha256")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def of_model(loaded: Loaded, base: Path) -> Source:
         shift=first.weight_shift is not None,
         dtype=loaded.dtype,
         layer=lambda name: _of_layer(name, layers[name]),
-        tensor=others.__getitem__,
+        tensor=lambda name: others[name].cpu(),
         reload=lambda: loaded.model,
         about=_recipe(loaded.path) if loaded.kind == "run" else {},
     )
@@ -169,7 +170,7 @@ def open_artefact(folder: Path) -> Source:
 
     def tensor(name: str) -> Tensor:
         if name in int8:
-            return tensors[name].float() * tensors[f"{name}_scale"].float().unsqueeze(1)
+            return dequantize_rows(tensors[name], tensors[f"{name}_scale"])
         return tensors[name]
 
     others = _shapes(tensors, parts | scales)
@@ -188,7 +189,7 @@ def open_artefact(folder: Path) -> Source:
         layer=layer,
         tensor=tensor,
         reload=lambda: hf.load(str(folder), dtype=torch.float32, offline=True).model,
-        about={k: manifest[k] for k in _KEPT if k in manifest},
+        about=_about(manifest),
     )
 
 
@@ -206,7 +207,9 @@ def not_ternary(model: str) -> InputError:
 
 
 def _of_layer(name: str, layer: TernaryLinear) -> TernaryWeight:
-    return _stored(name, layer.codes(), layer.weight_scale, layer.weight_shift, layer.group_size)
+    shift = None if layer.weight_shift is None else layer.weight_shift.cpu()
+    codes, scale = layer.codes().cpu(), layer.weight_scale.cpu()
+    return _stored(name, codes, scale, shift, layer.group_size)
 
 
 def _stored(
@@ -249,6 +252,17 @@ def _model_config(folder: Path) -> dict[str, Any]:
     """``config.json`` as of the dense model."""
     config = checkpoint.read_json(folder / "config.json")
     return {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+
+
+def _about(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of how its model was made, as far as it has the form that we write."""
+    found = {key: manifest[key] for key in _KEPT if key in manifest}
+    forms = {"base_model": dict, "data": list, "data_sha256": dict, "text_sha256": str}
+    found = {k: v for k, v in found.items() if isinstance(v, forms.get(k, dict))}
+    try:
+        return found | {"recipe": Recipe.from_json(found["recipe"]).to_json()}
+    except (KeyError, RecipeError):
+        return {key: value for key, value in found.items() if key != "recipe"}
 
 
 def _recipe(run: Path | None) -> dict[str, Any]:

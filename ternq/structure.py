@@ -52,7 +52,7 @@ def check(folder: Path, build: Callable[[], nn.Module]) -> None:
     tensors = checkpoint.TensorFolder(folder)
     _check_files(folder, tensors)
     count = len(list(tensors))
-    _check_config(folder / "config.json", count)
+    check_config(folder / "config.json", count)
     with _bounded(folder, count):
         model = build()
     _check_tensors(folder, tensors, model)
@@ -72,8 +72,12 @@ def _check_files(folder: Path, tensors: checkpoint.TensorFolder) -> None:
         raise VerificationError(f"{folder / checkpoint.INDEX} does not say where tensors are.")
 
 
-def _check_config(path: Path, tensors: int) -> None:
-    """Refuse sizes that no file of this many tensors has, and other sources of weights and code."""
+def check_config(path: Path, tensors: int) -> None:
+    """Refuse sizes that no file of this many tensors has, and other sources of weights and code.
+
+    Raises:
+        VerificationError: it names what no such model has, or what was not checked.
+    """
     config = checkpoint.read_json(path)
     for name, value in _entries(config):
         if name in _WEIGHTS_KEYS or (name in _CODE_KEYS and "/" in json.dumps(value)):

@@ -57,6 +57,7 @@ def ternarize(
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
+    asked |= {"tasks": list(tasks)} if tasks else {}
     # a command that ended between packing and its report goes on, and packs once more
     half = (run / hf.RUN_FILE).is_file() and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)

@@ -42,16 +42,14 @@ class TensorWriter:
         count = len(self._shards)
         names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         self._names = [checkpoint.TENSORS] if count == 1 else names
-        self._place: dict[str, tuple[int, int]] = {}
+        self._place: dict[str, tuple[Path, int]] = {}
 
     def __enter__(self) -> "TensorWriter":
-        self._files = []
-        for number, (name, shard) in enumerate(zip(self._names, self._shards, strict=True)):
+        for name, shard in zip(self._names, self._shards, strict=True):
             header, places = _header({n: self._layout[n] for n in shard})
-            file = (self.folder / name).open("wb")
-            self._files.append(file)
-            file.write(header)
-            self._place |= {n: (number, len(header) + begin) for n, begin in places.items()}
+            path = self.folder / name
+            path.write_bytes(header)
+            self._place |= {n: (path, len(header) + begin) for n, begin in places.items()}
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -61,9 +59,10 @@ class TensorWriter:
             raise ValueError(f"{name} {tensor.dtype} {[*tensor.shape]} is not awaited: {expected}")
         data = tensor_bytes(tensor)
         self.digests[name] = hashlib.sha256(data).digest()
-        number, offset = self._place[name]
-        self._files[number].seek(offset)
-        self._files[number].write(data)
+        path, offset = self._place[name]
+        with path.open("r+b") as file:  # one at a time: there may be more shards than handles
+            file.seek(offset)
+            file.write(data)
 
     def __exit__(
         self,
@@ -71,8 +70,6 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files:
-            file.close()
         if kind is not None:
             return
         for name in self._names:

@@ -217,8 +217,8 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     assert run("pack run --format gguf --encoding Q4_1 --exact") == 0
     assert verb.args == ("run", Path("run-gguf"))
     assert verb.options["options"] == Options(exact=True, encoding="Q4_1")
-    wrong = ("pack", "pack run --format zip", "pack run --lossy", "pack --verify x -o y")
-    for line in (*wrong, "pack run --format mlx --embeddings int8", "pack run --group-size 0"):
+    wrong = ("pack", "pack run --format zip", "pack run --group-size 0", "pack --verify x -o y")
+    for line in (*wrong, "pack --verify x --skip y", "pack --verify x --format mlx"):
         assert run(line) == 2
 
 

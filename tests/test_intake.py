@@ -1,6 +1,7 @@
 """What is ternary already goes in without training; what is not is named by layer and row."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,74 @@ def test_missing_weights_and_other_quantizers_are_refused(tmp_path: Path) -> Non
         (tmp_path / "dense" / "config.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=said):
             pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of a checkpoint, which become one file."""
+    tensors = checkpoint.TensorFolder(folder)
+    state = {name: tensors[name].clone() for name in tensors}
+    for path in [*folder.glob("*.safetensors"), folder / checkpoint.INDEX]:
+        path.unlink(missing_ok=True)
+    change(state)
+    checkpoint.save_tensors(state, folder / checkpoint.TENSORS)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+ODD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "scale": (lambda s: s.update({f"{UP}_scale": torch.ones(1)}), "no place for"),
+    "shape": (lambda s: s.update({UP: s[UP][:, :-1].contiguous()}), "as 50x35; .* 50x36"),
+    "int8": (lambda s: s.update({UP: s[UP].to(torch.int8)}), "its type is torch.int8"),
+    "float64": (lambda s: s.update({UP: s[UP].double()}), "its type is torch.float64"),
+    "nan": (lambda s: s[UP].fill_(float("nan")), "not finite|not ternary"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ODD))
+def test_odd_tensors_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    checkpoint_of(tmp_path / "dense")
+    change, said = ODD[kind]
+    changed(tmp_path / "dense", change)
+    with pytest.raises(InputError, match=said):
+        pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
+
+
+def test_buffers_of_older_versions_and_equal_ties_are_passed_over(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path / "dense", "llama-tied-bias")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    changed(tmp_path / "dense", lambda s: s.update(extra))
+    table = "model.embed_tokens.weight"
+    changed(tmp_path / "dense", lambda s: s.update({"lm_head.weight": s[table].clone()}))
+    pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
+    changed(tmp_path / "dense", lambda s: s.update({"lm_head.weight": s[table] + 1}))
+    with pytest.raises(InputError, match="ties lm_head.weight"):
+        pack(str(tmp_path / "dense"), tmp_path / "again", offline=True)
+
+
+def test_a_configuration_that_asks_for_much_is_refused(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    config = checkpoint.read_json(path)
+    for change in ({"num_hidden_layers": 10**6}, {"attn_implementation": "owner/kernel"}):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=next(iter(change))):
+            pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
+
+
+def test_verifying_looks_for_the_artefacts_own_groups_and_layers(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path / "dense")
+    choice: dict[str, Any] = {"group_size": 16, "skip": ("down_proj",)}
+    pack(str(tmp_path / "dense"), tmp_path / "out", offline=True, **choice)
+    assert verify(tmp_path / "out", str(tmp_path / "dense"))["verify"]["ok"]
+
+
+def test_what_a_strangers_manifest_says_is_checked(tmp_path: Path) -> None:
+    checkpoint_of(tmp_path / "dense")
+    said = {"recipe": {"x": 1}, "base_model": {"name": "a\n# b"}, "results": {"x": {}}}
+    pack(str(tmp_path / "dense"), tmp_path / "first", offline=True)
+    checkpoint.write_manifest(tmp_path / "first", said)
+    pack(str(tmp_path / "first"), tmp_path / "second")
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "| base model | a # b |" in card and "\n# b" not in card and "## Results" not in card
 
 
 def test_verifying_against_another_model_names_layer_and_row(tmp_path: Path) -> None:

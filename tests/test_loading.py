@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import ternq  # noqa: F401  registers the quantizer
-from ternq import checkpoint
+from ternq import checkpoint, hf
 from ternq.modeling_ternq import PackedLinear
 from ternq.pack import pack
 
@@ -89,6 +90,30 @@ def test_with_ternq_the_folders_code_is_not_used(artefact: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(artefact, trust_remote_code=True)
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     assert len(layers) == 14
+
+
+def test_ternq_never_runs_the_code_in_an_artefact(artefact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(artefact, folder)
+    code = folder / "modeling_ternq.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + code.read_text())
+    checkpoint.write_manifest(folder)
+    hf.load(str(folder), trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_move_that_fails_leaves_the_layer_as_it_was(artefact: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(artefact)
+    before = logits(model)
+    layer = next(m for m in model.modules() if isinstance(m, PackedLinear))
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(full)
+    assert layer.weight_scale.dtype == torch.float16
+    assert torch.equal(logits(model), before)
 
 
 def test_pipelines_and_placement(artefact: Path) -> None:

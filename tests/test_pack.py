@@ -24,7 +24,7 @@ from ternq.errors import InputError, RecipeError, ResourceError, VerificationErr
 from ternq.hf import Loaded
 from ternq.linear import packed_layers, prepare, ternary_layers
 from ternq.modeling_ternq import PackedLinear
-from ternq.pack import pack, verify
+from ternq.pack import Options, pack, verify
 from ternq.packing import pack_base3
 from ternq.progress import Event
 from ternq.recipe import Scheme
@@ -371,6 +371,22 @@ def test_proof_sees_a_forward_pass_that_is_not_the_student(
     with pytest.raises(VerificationError, match="logits"):
         pack(loaded(student()), tmp_path / "out")
     assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"format": "zip"},
+        {"embeddings": "int4"},
+        {"options": Options(lossy=True)},
+        {"options": Options(encoding="float32")},
+        {"format": "mlx", "embeddings": "int8"},
+        {"format": "dense", "keep_dtype": True},
+    ],
+)
+def test_choices_that_do_not_fit_each_other(tmp_path: Path, choice: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        pack("never looked at", tmp_path / "out", **choice)
 
 
 # A damaged artefact

@@ -142,6 +142,14 @@ def test_values_beyond_float16_are_refused(value: float, shift: bool) -> None:
         recover(torch.tensor([[value, -value, 0.0, value]]), 4, shift=shift)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+@pytest.mark.parametrize("shift", [True, False])
+def test_other_types_are_refused(dtype: torch.dtype, shift: bool) -> None:
+    with pytest.raises(ValueError, match="its type is torch"):
+        recover(torch.zeros(2, 4, dtype=dtype), 4, shift)
+    assert scheme_of([torch.zeros(2, 32, dtype=dtype)]) is None
+
+
 def per_shard(columns: int, shards: int) -> Tensor:
     """Rows whose scale changes where a tensor-parallel training cut them."""
     torch.manual_seed(0)

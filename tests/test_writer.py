@@ -1,5 +1,6 @@
 """The streaming writer writes what safetensors itself writes, whatever the order of tensors."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     for file in set(index["weight_map"].values()):
         here = {n for n, where in index["weight_map"].items() if where == file}
         assert set(load_file(tmp_path / file)) == here
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    layout = {f"t{i}": (torch.uint8, (1,)) for i in range(40)}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (30, limits[1]))
+    try:
+        write_tensors(tmp_path, layout, lambda _: torch.ones(1, dtype=torch.uint8), shard_bytes=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 40
 
 
 def test_views_are_written_whole(tmp_path: Path) -> None:
