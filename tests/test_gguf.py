@@ -656,6 +656,29 @@ def test_sentencepiece_gets_scores_in_the_order_of_its_merges(tmp_path: Path) ->
         vocabulary(sentencepiece(tmp_path, shuffled=True), 270, {}, lossy=False)
 
 
+MALFORMED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no merges": lambda data: data["model"].pop("merges"),
+    "no vocabulary": lambda data: data["model"].update(vocab={}) or data.pop("added_tokens"),
+    "a list": lambda data: data["model"].update(vocab=[1]),
+    "merges of numbers": lambda data: data["model"].update(merges=[[1, 2]]),
+    "a number for a token": lambda data: data["added_tokens"][0].update(content=1),
+    "a step without a name": lambda data: data.update(pre_tokenizer={"type": "Sequence"}),
+    "no text": lambda data: data.update(
+        post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_tokenizers_are_refused(case: str, tmp_path: Path) -> None:
+    path = folder(tmp_path, bpe()) / "tokenizer.json"
+    data = json.loads(path.read_text())
+    MALFORMED[case](data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="The tokenizer in .* is damaged"):
+        vocabulary(tmp_path, VOCABULARY, {}, lossy=False)
+
+
 def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no tokenizer.json"):
         vocabulary(tmp_path, 10, {}, lossy=False)
@@ -778,14 +801,113 @@ def test_a_code_that_is_none_is_refused(source: Callable[..., Source], tmp_path:
     assert "blk.0.ffn_up.weight, row 7 holds the value 3" in caught.value.message
 
 
-def test_four_bit_weights_are_not_ternary(source: Callable[..., Source], tmp_path: Path) -> None:
-    path, _ = export(source(), tmp_path)
+@pytest.mark.parametrize(
+    ("shift", "said"),
+    [(True, "row 0 has 16 levels; a ternary"), (False, "row 0 holds the value 15 of Q4_1")],
+)
+def test_four_bit_weights_are_not_ternary(
+    source: Callable[..., Source], shift: bool, said: str, tmp_path: Path
+) -> None:
+    path, _ = export(source("llama", shift), tmp_path)
     entry = Header(path).tensors["blk.0.ffn_up.weight"]
     data = bytearray(path.read_bytes())
     data[entry.offset + 4 : entry.offset + 20] = bytes(range(0, 256, 16))
     path.write_bytes(data)
-    with opened(path) as again, pytest.raises(InputError, match=r"row 0 has 16 levels; a ternary"):
+    with opened(path) as again, pytest.raises(InputError, match=said):
         again.layer("model.layers.0.mlp.up_proj")
+
+
+def changed_block(path: Path, name: str, block: bytes) -> None:
+    """Put other bytes in the place of the first block of a tensor."""
+    at = Header(path).tensors[name].offset
+    data = bytearray(path.read_bytes())
+    data[at : at + len(block)] = block
+    path.write_bytes(data)
+
+
+def halves(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}e", *values)
+
+
+CONSTANTS = {
+    "zeros with a scale": (False, halves(0.5, -0.5) + b"\x11" * 16, 0.0),
+    "all +1": (False, halves(0.5, -0.5) + b"\x22" * 16, 0.5),
+    "a negative scale": (False, halves(-0.5, 0.5) + b"\x02" * 16, None),
+    "one level": (True, halves(0.5, 1.0) + b"\x33" * 16, 2.5),
+    "the highest level": (True, halves(0.5, 1.0) + b"\xff" * 16, 8.5),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_layers_come_in_their_stored_form(
+    source: Callable[..., Source], case: str, tmp_path: Path
+) -> None:
+    shift, block, value = CONSTANTS[case]
+    path, _ = export(source("llama", shift), tmp_path, encoding="Q4_1")
+    changed_block(path, "blk.0.ffn_up.weight", block)
+    meant = decode(KINDS["Q4_1"], torch.tensor([list(block)], dtype=torch.uint8)).values()[0]
+    assert value is None or bool((meant == value).all())
+    with opened(path) as again:
+        found = again.layer("model.layers.0.mlp.up_proj")
+        assert torch.equal(found.dequantized()[0, :32], meant)
+        assert found.is_canonical() and not again.rounded
+
+
+def test_values_beyond_float16_are_refused(source: Callable[..., Source], tmp_path: Path) -> None:
+    path, _ = export(source("llama", True), tmp_path, encoding="Q4_1")
+    changed_block(path, "blk.0.ffn_up.weight", halves(6e4, 0) + b"\x32" * 16)
+    said = "blk.0.ffn_up.weight cannot be taken in: a shift is not finite or too large"
+    with opened(path) as again, pytest.raises(InputError, match=said):
+        again.layer("model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_file_can_be_written_again(
+    source: Callable[..., Source], kind: str, tmp_path: Path
+) -> None:
+    """transformers adds <|endoftext|>, for which neither file nor embedding has a place."""
+    path, _ = export(source(kind), tmp_path / "first", encoding="Q4_1")
+    with opened(path) as again:
+        second, _ = export(again, tmp_path / "second", encoding="Q4_1")
+    tokens = "tokenizer.ggml.tokens"
+    assert Header(second).fields[tokens] == Header(path).fields[tokens]
+    assert "<|endoftext|>" not in Header(path).fields[tokens]
+
+
+FOREIGN: dict[str, tuple[Any, str]] = {
+    "no layers": ({"num_hidden_layers": None}, "its configuration has no num_hidden_layers"),
+    "layers": ({"num_hidden_layers": 10**6}, "its configuration: num_hidden_layers is 1000000"),
+    "size": ({"hidden_size": 2**40}, "its configuration: hidden_size is"),
+    "words": ({"num_key_value_heads": "two"}, "is damaged: "),
+    "kernel": ({"attn_implementation": "some/kernel"}, "attn_implementation names what was not"),
+    "weights": ({"transformers_weights": "x"}, "transformers_weights names what was not checked"),
+    "NaN": ({"initializer_range": float("nan")}, "initializer_range is not a number"),
+    "type": ({"model_type": "gpt2"}, "is of the type 'gpt2'"),
+    "dtype": ({"dtype": "int3"}, "dtype is none of"),
+    "epsilon": ({"rms_norm_eps": "x"}, "has no rms_norm_eps"),
+    "deep": ('{"config": ' + "[" * 70 + "]" * 70 + "}", "nested more than 64 deep"),
+    "very deep": ('{"config": ' + "[" * 10**5 + "]" * 10**5 + "}", "ternq.source is damaged"),
+    "no JSON": ("{", "ternq.source is damaged: it is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_configuration_in_a_file_is_not_trusted(
+    source: Callable[..., Source], case: str, tmp_path: Path
+) -> None:
+    change, said = FOREIGN[case]
+
+    def changed(name: str, value: Any) -> Any:
+        if name != OWN_KEY:
+            return value
+        if isinstance(change, str):
+            return change
+        own = json.loads(value)
+        return json.dumps(own | {"config": own["config"] | change})
+
+    path, _ = export(source(), tmp_path, encoding="Q4_1")
+    with pytest.raises(InputError, match=said), opened(rewritten(path, changed)):
+        pass
 
 
 def test_a_file_without_ternary_layers_is_refused(
@@ -818,13 +940,35 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "counts": (lambda data: data[:8] + b"\xff" * 8 + data[16:], "is damaged: it counts"),
     "cut header": (lambda data: data[:400], "is damaged"),
     "cut data": (lambda data: data[:-40_000], "is damaged: it ends inside"),
+    "alignment": (
+        lambda data: _with(data, b"general.file_type", 4, b"general.alignment"),
+        "its alignment is no small power of two",
+    ),
+    "shape": (
+        lambda data: _with(data, b"blk.0.ffn_up.weight", 4, more=struct.pack("<4Q", *[2**39] * 4)),
+        "blk.0.ffn_up.weight has an impossible shape",
+    ),
+    "offset": (
+        lambda data: _with(
+            data, b"blk.0.ffn_up.weight", 2, more=struct.pack("<QQIQ", 64, 96, 3, 2**63)
+        ),
+        "it ends inside of blk.0.ffn_up.weight",
+    ),
+    "blocks": (
+        lambda data: _with(data, b"llama.block_count", 4, more=struct.pack("<I", 10**9)),
+        "has no such number of blocks",
+    ),
     "key's type": (lambda data: _with(data, b"general.type", 77), "value of unknown type 77"),
 }
 
 
-def _with(data: bytes, key: bytes, kind: int) -> bytes:
-    at = data.index(key) + len(key)
-    return data[:at] + struct.pack("<I", kind) + data[at + 4 :]
+def _with(
+    data: bytes, key: bytes, kind: int, new_key: bytes | None = None, more: bytes = b""
+) -> bytes:
+    """The type of a key, or the number of dimensions of a tensor, and what follows, changed."""
+    at = data.index(key)
+    new = (new_key or key) + struct.pack("<I", kind) + more
+    return data[:at] + new + data[at + len(new) :]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -40,8 +40,10 @@ class Others:
     largest_change: float
 
     def tensor(self, name: str) -> Tensor:
-        """One of them, converted."""
-        return _converted(self.source.tensor(name), self.dtype, name in self.buffers)
+        """One of them, converted; `VerificationError` if it is not finite."""
+        tensor = self.source.tensor(name)
+        refuse_not_finite(name, tensor)
+        return _converted(tensor, self.dtype, name in self.buffers)
 
     def notes(self) -> list[str]:
         """What rounding them cost, in a sentence, or nothing."""
@@ -86,11 +88,13 @@ def others_of(source: Source, skeleton: Any, dtype: torch.dtype, options: Option
 
     Raises:
         RecipeError: a value is beyond the type, or changes and ``options.exact`` was given.
+        VerificationError: a value is NaN or infinite.
     """
     buffers = frozenset(name for name, _ in skeleton.named_buffers())
     layout, changed, largest = {}, 0, 0.0
     for name in source.others:
         tensor = source.tensor(name)
+        refuse_not_finite(name, tensor)
         new = _converted(tensor, dtype, name in buffers)
         layout[name] = (new.dtype, tuple(new.shape))
         if new.dtype == tensor.dtype:
@@ -166,6 +170,12 @@ def check_names(skeleton: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 def bits(layout: Layout) -> int:
     """Bits that the tensors of a layout take."""
     return 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """`VerificationError` for a tensor that holds NaN or an infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise VerificationError(f"{name} holds values that are not finite.")
 
 
 def same(a: Tensor, b: Tensor) -> bool:

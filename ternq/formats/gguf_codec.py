@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DENSE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""Id of a type that is not quantized -> the type of its numbers."""
 FINE = 16  # columns that share a factor in Q2_K
 _THREES = (81, 27, 9, 3, 1)
 
@@ -33,11 +35,6 @@ class Kind:
     bytes: int
     minimum: bool
     top: int
-
-    @property
-    def bits(self) -> float:
-        """Bits per weight."""
-        return 8 * self.bytes / self.block
 
 
 KINDS = {

@@ -23,7 +23,9 @@ _STRING, _ARRAY = 8, 9
 _I8 = 24
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r")
 _DEPTH = 4  # of arrays in arrays
-_LARGEST = 2**40  # of a count or a dimension
+_MOST = 2**26  # items of an array, letters of a string
+_LARGEST_ALIGNMENT = 2**16
+_DENSEST = 8  # weights in a byte, at most: the smallest types take 1.5 bits for one
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,25 @@ class Header:
         self.path = path
         self.fields: dict[str, Any] = {}
         self.tensors: dict[str, Entry] = {}
-        self._size = path.stat().st_size
-        with path.open("rb") as file:
-            try:
+        try:
+            self._size = path.stat().st_size
+            with path.open("rb") as file:
                 self._read(file)
-            except (struct.error, UnicodeDecodeError, EOFError) as error:
-                raise InputError(f"{path} is damaged: its header cannot be read.") from error
+        except (struct.error, UnicodeDecodeError, EOFError) as error:
+            raise InputError(f"{path} is damaged: its header cannot be read.") from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
     def data(self, name: str, size: int) -> Tensor:
         """So many bytes of a tensor: uint8 ``[rows, bytes]``, rows as the shape has them."""
         entry = self.tensors[name]
         rows = math.prod(entry.shape[:-1])
+        if entry.offset + size > self._size:
+            raise InputError(f"{self.path} is damaged: it ends inside of {name}.")
+        raw = bytearray(size)
         with self.path.open("rb") as file:
             file.seek(entry.offset)
-            raw = bytearray(file.read(size))
-        if len(raw) != size:
-            raise InputError(f"{self.path} is damaged: it ends inside of {name}.")
+            file.readinto(raw)
         if not raw:
             return torch.zeros(rows, 0, dtype=torch.uint8)
         return torch.frombuffer(raw, dtype=torch.uint8).reshape(rows, -1)
@@ -105,18 +110,22 @@ class Header:
         found = dict(self._infos(file, self._counted(tensors)))
         if len(found) != tensors:
             raise InputError(f"{self.path} is damaged: it has a tensor twice.")
-        self._alignment = int(self.fields.get("general.alignment", 32))
-        if self._alignment <= 0 or self._alignment & (self._alignment - 1):
-            raise InputError(f"{self.path} is damaged: its alignment is {self._alignment}.")
+        self._alignment = self._checked_alignment()
         start = file.tell() + -file.tell() % self._alignment
         for name, entry in found.items():
             self.tensors[name] = Entry(entry.type, entry.shape, start + entry.offset)
+
+    def _checked_alignment(self) -> int:
+        found = self.fields.get("general.alignment", 32)
+        if type(found) is not int or not 0 < found <= _LARGEST_ALIGNMENT or found & (found - 1):
+            raise InputError(f"{self.path} is damaged: its alignment is no small power of two.")
+        return found
 
     def _infos(self, file: BinaryIO, count: int) -> Iterator[tuple[str, Entry]]:
         for _ in range(count):
             name = self._string(file)
             sizes = [_number(file, "Q") for _ in range(self._counted(_number(file, "I")))]
-            if not 0 < len(sizes) <= 4 or not all(0 < size < _LARGEST for size in sizes):
+            if not 0 < len(sizes) <= 4 or not 0 < math.prod(sizes) <= _DENSEST * self._size:
                 raise InputError(f"{self.path} is damaged: {name} has an impossible shape.")
             kind, offset = _number(file, "I"), _number(file, "Q")
             yield name, Entry(kind, tuple(reversed(sizes)), offset)
@@ -131,6 +140,7 @@ class Header:
         inner, count = _number(file, "I"), self._counted(_number(file, "Q"))
         if inner in _SCALARS:
             form = f"<{count}{_SCALARS[inner]}"
+            self._counted(struct.calcsize(form))
             return list(struct.unpack(form, file.read(struct.calcsize(form))))
         return [self._value(file, inner, depth + 1) for _ in range(count)]
 
@@ -142,9 +152,9 @@ class Header:
         return text.decode("utf-8")
 
     def _counted(self, count: int) -> int:
-        """A count, which no file has more of than bytes."""
-        if count > self._size:
-            raise InputError(f"{self.path} is damaged: it counts {count} where it has fewer bytes.")
+        """A count, which no file has more of than bytes, and no header very many."""
+        if count > min(self._size, _MOST):
+            raise InputError(f"{self.path} is damaged: it counts {count} where it has fewer.")
         return count
 
 

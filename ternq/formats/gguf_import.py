@@ -4,7 +4,6 @@ Layers are read by `ternq.formats.gguf_layers`. Configuration and tokenizer come
 which is shown the header alone; the configuration of a file of ours stands in it as it was.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import checkpoint, hf
-from ternq.errors import InputError
-from ternq.formats.gguf_codec import KINDS
+from ternq import checkpoint, hf, structure
+from ternq.errors import InputError, VerificationError
+from ternq.files import parse_json
+from ternq.formats.gguf_codec import DENSE, KINDS
 from ternq.formats.gguf_file import Header
-from ternq.formats.gguf_layers import Tensors, group_size, has_shift, layer, values
-from ternq.formats.gguf_models import ARCHITECTURES, ROPE_FACTORS, name_map
+from ternq.formats.gguf_layers import Tensors, grouping, layer, values
+from ternq.formats.gguf_models import ARCHITECTURES, ROPE_FACTORS, heads_of, name_map
 from ternq.formats.gguf_writer import OWN_KEY
 from ternq.source import Source
 
-_DENSE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
 
 @contextmanager
@@ -46,7 +53,7 @@ def opened(path: Path) -> Iterator[Source]:
 
 def _source(path: Path, header: Header, base: Path) -> Source:
     config = checkpoint.read_json(base / "config.json")
-    skeleton = hf.skeleton(base)
+    skeleton = _skeleton(header, base, config)
     tensors = _named(header, config, skeleton)
     linears = {n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
     head = skeleton.get_output_embeddings()
@@ -61,10 +68,10 @@ def _source(path: Path, header: Header, base: Path) -> Source:
             f"Make it ternary first: ternq ternarize {path}",
         )
     own = _own(header)
-    size = group_size(tensors, modules, own.get("group_size"))
-    shift = own.get("shift") is True or has_shift(tensors, modules)
+    size, shift = grouping(tensors, modules, own.get("group_size"))
+    shift |= own.get("shift") is True
     weights = {f"{module}.weight" for module in modules}
-    dtype = _DENSE.get(header.tensors["token_embd.weight"].type, torch.float32)
+    dtype = DENSE.get(header.tensors["token_embd.weight"].type, torch.float32)
     others = {n: _dense(tensors, n, dtype) for n in tensors.names if n not in weights}
     rounded: dict[str, float] = {}
 
@@ -84,7 +91,7 @@ def _source(path: Path, header: Header, base: Path) -> Source:
         layer=lambda name: layer(tensors, name, size, shift, rounded),
         tensor=tensor,
         rounded=rounded,
-        about={"base_model": {"name": path.name, "license": header.fields.get("general.license")}},
+        about={"base_model": {"name": path.name, "license": _text(header, "general.license")}},
     )
 
 
@@ -93,20 +100,39 @@ def _dense(tensors: Tensors, name: str, dtype: torch.dtype) -> torch.dtype:
     stored = tensors.names[name]
     kind = tensors.header.tensors[stored].type
     if kind != 0 or dtype == torch.float32:
-        return _DENSE.get(kind, torch.float32)
+        return DENSE.get(kind, torch.float32)
     found = values(tensors.header, stored)
     return dtype if torch.equal(found.to(dtype).float(), found) else torch.float32
 
 
-def _named(header: Header, config: dict[str, Any], skeleton: Any) -> Tensors:
-    """Every parameter of the model, and the tensor that holds it."""
+def _skeleton(header: Header, base: Path, config: dict[str, Any]) -> Any:
+    """The model of the configuration, which may be anyone's: it is checked before one is built.
+
+    Raises:
+        InputError: it is of another type, lacks a number, or asks for what no such file holds.
+    """
     kind = str(config.get("model_type"))
     if kind not in ARCHITECTURES:
         raise InputError(
             f"{header.path} is of the type '{kind}'; {', '.join(ARCHITECTURES)} are taken in."
         )
-    architecture = ARCHITECTURES[kind]
-    known = name_map(architecture.name, int(config["num_hidden_layers"]))
+    for key in _COUNTS:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise InputError(f"{header.path} is damaged: its configuration has no {key}.")
+    if type(config.get("rms_norm_eps")) not in (int, float):
+        raise InputError(f"{header.path} is damaged: its configuration has no rms_norm_eps.")
+    try:
+        structure.check_config(base / "config.json", len(header.tensors))
+        return hf.skeleton(base)
+    except (InputError, VerificationError) as error:
+        said = error.message.replace(str(base / "config.json"), "its configuration")
+        raise InputError(f"{header.path} is damaged: {said.replace(str(base), 'it')}") from error
+
+
+def _named(header: Header, config: dict[str, Any], skeleton: Any) -> Tensors:
+    """Every parameter of the model, and the tensor that holds it."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    known = name_map(architecture.name, config["num_hidden_layers"])
     tied = getattr(skeleton, "all_tied_weights_keys", {})
     names: dict[str, str] = {}
     for name, parameter in skeleton.state_dict().items():
@@ -125,22 +151,25 @@ def _named(header: Header, config: dict[str, Any], skeleton: Any) -> Tensors:
         raise InputError(f"{header.path} holds {min(unknown)}, which the model has no place for.")
     heads: dict[str, int] = {}
     if architecture.interleaved:
-        queries = int(config["num_attention_heads"])
-        of = {"attn_q": queries, "attn_k": int(config.get("num_key_value_heads") or queries)}
-        parts = {name: new.split(".")[-2] for name, new in names.items()}
-        heads = {name: of[part] for name, part in parts.items() if part in of}
+        heads = heads_of(config, names)
+    for name, count in heads.items():
+        if header.tensors[names[name]].shape[0] % (2 * count):
+            raise InputError(f"{header.path} is damaged: {names[name]} has heads of odd size.")
     return Tensors(header, names, heads)
 
 
 def _own(header: Header) -> dict[str, Any]:
     """What a file of ours says of its source."""
-    try:
-        own = json.loads(header.fields.get(OWN_KEY, "{}"))
-    except (ValueError, TypeError):
-        own = None
-    if not isinstance(own, dict):
-        raise InputError(f"{header.path} is damaged: {OWN_KEY} is no JSON object.")
-    return own
+    if OWN_KEY not in header.fields:
+        return {}
+    found = _text(header, OWN_KEY) or ""
+    return parse_json(found.encode("utf-8"), Path(f"{header.path}: {OWN_KEY}"))
+
+
+def _text(header: Header, key: str) -> str | None:
+    """The value of a key if it is a string."""
+    found = header.fields.get(key)
+    return found if isinstance(found, str) else None
 
 
 # --- configuration and tokenizer ------------------------------------------------------------------
@@ -148,9 +177,13 @@ def _own(header: Header) -> dict[str, Any]:
 
 def _write_base(header: Header, base: Path) -> None:
     """Have transformers write configuration and tokenizer; ours stands in the file as it was."""
+    blocks = header.fields.get(f"{_text(header, 'general.architecture')}.block_count", 0)
+    if type(blocks) is not int or not 0 <= blocks <= len(header.tensors):
+        raise InputError(f"{header.path} is damaged: it has no such number of blocks.")
     header.without_data(base / "header.gguf")
     hf.save_gguf_base(base / "header.gguf", base)
     (base / "header.gguf").unlink()
+    _drop_tokens(header, base)
     own = _own(header).get("config")
     found = checkpoint.read_json(base / "config.json")
     config = own if isinstance(own, dict) else _mended(header, found)
@@ -158,6 +191,22 @@ def _write_base(header: Header, base: Path) -> None:
     checkpoint.write_json(
         base / "config.json", {k: v for k, v in config.items() if k not in left_out}
     )
+
+
+def _drop_tokens(header: Header, base: Path) -> None:
+    """Take out the tokens that the file does not have.
+
+    transformers 5.23 adds special tokens of its own when it builds a tokenizer, such as
+    ``<|endoftext|>``; the embedding has no rows for them.
+    """
+    listed = header.fields.get("tokenizer.ggml.tokens")
+    if not isinstance(listed, list):
+        raise InputError(f"{header.path} is damaged: it has no list of tokens.")
+    data = checkpoint.read_json(base / "tokenizer.json")
+    added = data.get("added_tokens") or []
+    data["added_tokens"] = [token for token in added if token["id"] < len(listed)]
+    if len(data["added_tokens"]) < len(added):
+        checkpoint.write_json(base / "tokenizer.json", data)
 
 
 def _mended(header: Header, config: dict[str, Any]) -> dict[str, Any]:

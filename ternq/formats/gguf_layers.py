@@ -5,6 +5,7 @@ group again, of the largest size that all layers agree on. Q4_1 and Q2_K are tak
 holds at most three values, evenly spaced.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ternq.errors import InputError
-from ternq.formats.gguf_codec import KINDS, Blocks, Kind, decode, scales
+from ternq.formats.gguf_codec import FINE, KINDS, Blocks, Kind, decode, scales
 from ternq.formats.gguf_file import Header
 from ternq.formats.gguf_models import uninterleaved
 from ternq.formats.groups import largest_error
@@ -60,7 +61,8 @@ def values_by_gguf(header: Header, name: str) -> Tensor:
     try:
         known = gguf.GGMLQuantizationType(entry.type)
         block, size = gguf.GGML_QUANT_SIZES[known]
-        data = header.data(name, torch.Size(entry.shape).numel() // block * size)
+        _refuse_parts(header, name, block)
+        data = header.data(name, math.prod(entry.shape) // block * size)
         found = gguf.quants.dequantize(data.numpy(), known)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(
@@ -71,25 +73,34 @@ def values_by_gguf(header: Header, name: str) -> Tensor:
 
 def _blocks(header: Header, name: str, kind: Kind) -> Tensor:
     """The bytes of a tensor of one of our types: uint8 ``[rows, bytes]``."""
-    shape = header.tensors[name].shape
-    if shape[-1] % kind.block:
+    _refuse_parts(header, name, kind.block)
+    return header.data(name, math.prod(header.tensors[name].shape) // kind.block * kind.bytes)
+
+
+def _refuse_parts(header: Header, name: str, block: int) -> None:
+    if header.tensors[name].shape[-1] % block:
         raise InputError(f"{header.path} is damaged: {name} has rows of parts of blocks.")
-    return header.data(name, torch.Size(shape).numel() // kind.block * kind.bytes)
 
 
-def group_size(tensors: Tensors, modules: tuple[str, ...], own: Any) -> int:
-    """The largest groups in which all layers have one scale and minimum each."""
-    pairs = []
-    for name in modules:
-        kind = _BY_ID[tensors.header.tensors[tensors.names[f"{name}.weight"]].type]
-        pairs.append((kind.block, *_scales(tensors, name)))
-    smallest = max(block for block, _, _ in pairs)
-    widest = max(block * scale.shape[1] for block, scale, _ in pairs)
+def grouping(tensors: Tensors, modules: tuple[str, ...], own: Any) -> tuple[int, bool]:
+    """The largest groups in which all layers have one scale and minimum each, and if there is a
+    shift: whether a weight of level 1 is not 0 somewhere.
+
+    Layers are looked at one after another, and each leaves what sizes it agrees with.
+    """
+    kinds = {name: _ternary(tensors, name) for name in modules}
+    shapes = [(tensors.header.tensors[stored].shape[-1], k.block) for stored, k in kinds.values()]
+    widest, smallest = max(columns for columns, _ in shapes), max(block for _, block in shapes)
     sizes = [smallest * 2**power for power in range(32) if smallest * 2**power < widest]
-    for size in dict.fromkeys([own, widest, *reversed(sizes)]):
-        if type(size) is int and size > 0 and all(_agree(*pair, size) for pair in pairs):
-            return size
-    raise InputError(f"{tensors.header.path}: the blocks of its layers agree on no group size.")
+    given = [own] if type(own) is int and 0 < own < 2**31 else []
+    left, shift = list(dict.fromkeys([*given, widest, *reversed(sizes)])), False
+    for stored, kind in kinds.values():
+        scale, minimum = scales(kind, _blocks(tensors.header, stored, kind))
+        left = [size for size in left if _agree(kind.block, scale, minimum, size)]
+        shift |= minimum is not None and bool((scale.float() + minimum.float() != 0).any())
+    if not left:
+        raise InputError(f"{tensors.header.path}: the blocks of its layers agree on no group size.")
+    return left[0], shift
 
 
 def _agree(block: int, scale: Tensor, minimum: Tensor | None, size: int) -> bool:
@@ -118,44 +129,48 @@ def _largest(groups: Tensor) -> Tensor:
     return groups.gather(2, groups.abs().argmax(2, keepdim=True))
 
 
-def has_shift(tensors: Tensors, modules: tuple[str, ...]) -> bool:
-    """Whether a weight of level 1 is not 0 somewhere."""
-    for name in modules:
-        scale, minimum = _scales(tensors, name)
-        if minimum is not None and bool((scale.float() + minimum.float() != 0).any()):
-            return True
-    return False
-
-
-def _scales(tensors: Tensors, name: str) -> tuple[Tensor, Tensor | None]:
-    stored = tensors.names[f"{name}.weight"]
-    kind = _BY_ID[tensors.header.tensors[stored].type]
-    return scales(kind, _blocks(tensors.header, stored, kind))
+def _ternary(tensors: Tensors, name: str) -> tuple[str, Kind]:
+    """The tensor that holds a ternary layer, and its type."""
+    kind = tensors.kind(f"{name}.weight")
+    assert kind is not None
+    return tensors.names[f"{name}.weight"], kind
 
 
 def layer(
     tensors: Tensors, name: str, group_size: int, shift: bool, rounded: dict[str, float]
 ) -> TernaryWeight:
-    """A layer's codes, scales and shifts.
+    """A layer's codes, scales and shifts, in their one stored form.
 
     Raises:
-        InputError: a group has more than three values, or values that are not evenly spaced.
+        InputError: a group has more than three values, or values that are not evenly spaced, or
+            that float16 cannot hold.
     """
-    stored = tensors.names[f"{name}.weight"]
-    kind = _BY_ID[tensors.header.tensors[stored].type]
+    stored, kind = _ternary(tensors, name)
     raw = tensors.rows(f"{name}.weight", _blocks(tensors.header, stored, kind))
     blocks = decode(kind, raw)
-    if kind.minimum:
+    _refuse_fine(tensors, stored, kind, blocks)
+    if shift and kind.minimum:
         weight = _with_minimum(tensors, stored, kind, blocks, group_size)
-        weight = weight if shift else replace(weight, shift=None)
     else:
         weight = _without_minimum(tensors, stored, kind, blocks, group_size)
         if shift:
             weight = replace(weight, shift=torch.zeros_like(weight.scale))
-    error = largest_error(weight, blocks.values())
-    if error:
-        rounded[name] = error
+    try:
+        weight = weight.canonical()
+    except ValueError as error:
+        raise InputError(f"{tensors.header.path}: {stored} cannot be taken in: {error}.") from error
+    lost = largest_error(weight, blocks.values())
+    if lost:
+        rounded[name] = lost
     return weight
+
+
+def _refuse_fine(tensors: Tensors, stored: str, kind: Kind, blocks: Blocks) -> None:
+    if blocks.factors is not None and any(bool((f != 1).any()) for f in blocks.factors):
+        raise InputError(
+            f"{tensors.header.path} is not ternary: {stored} ({kind.name}) has scales for each "
+            f"{FINE} columns; a ternary weight has three values in a group."
+        )
 
 
 def _without_minimum(
@@ -180,23 +195,21 @@ def _without_minimum(
 def _with_minimum(
     tensors: Tensors, stored: str, kind: Kind, blocks: Blocks, group_size: int
 ) -> TernaryWeight:
-    """The middle of three levels is code 0; where fewer stand, level 1 if it can be."""
+    """The middle of three levels is code 0; of two, level 1 if it can be; one level is code 0."""
     assert blocks.minimum is not None
     columns = blocks.levels.shape[1]
     size = min(columns, group_size)
     levels = _in_groups(blocks.levels, size)
     low, high = levels.amin(2), levels.amax(2)
-    fine = blocks.factors is not None and any(bool((f != 1).any()) for f in blocks.factors)
-    if fine or bool((high - low > 2).any()):
-        row = 0 if fine else int((high - low > 2).any(1).nonzero()[0])
-        values = (
-            "scales for each 16 columns" if fine else f"{int((high - low)[row].max()) + 1} levels"
-        )
+    if bool((high - low > 2).any()):
+        row = int((high - low > 2).any(1).nonzero()[0])
         raise InputError(
             f"{tensors.header.path} is not ternary: {stored} ({kind.name}), row {row} has "
-            f"{values}; a ternary weight has three values in a group."
+            f"{int((high - low)[row].max()) + 1} levels; a ternary weight has three values in a "
+            "group."
         )
-    centre = torch.where(high - low == 2, low + 1, low.clamp(1, kind.top - 1)).float()
+    centre = torch.where(high - low == 2, low + 1, low.clamp(1, kind.top - 1))
+    centre = torch.where(high == low, low, centre).float()
     d = _in_groups(blocks.scale, size // kind.block)[:, :, 0].float()
     minimum = _in_groups(blocks.minimum, size // kind.block)[:, :, 0].float()
     sign = torch.where(d < 0, -1.0, 1.0)

@@ -77,7 +77,7 @@ def described(source: Source) -> Model:
     _refuse_unknown(config, architecture)
     rope, factors = _rope(config, architecture)
     names = _names(source, architecture, int(config["num_hidden_layers"]))
-    heads = _heads(config, names) if architecture.interleaved else {}
+    heads = heads_of(config, names) if architecture.interleaved else {}
     settings = _settings(config, architecture.name) | rope
     return Model(architecture.name, names, heads, settings, factors, _notes(config))
 
@@ -132,7 +132,8 @@ def _name_tied(names: dict[str, str], tied: bool) -> None:
     names[stands["output.weight"]] = "token_embd.weight"
 
 
-def _heads(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+def heads_of(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+    """The number of heads of the tensors of queries and keys."""
     queries = int(config["num_attention_heads"])
     keys = int(config.get("num_key_value_heads") or queries)
     of = {"attn_q": queries, "attn_k": keys}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ternq.checkpoint import read_json
-from ternq.errors import RecipeError
+from ternq.errors import InputError, RecipeError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -40,6 +40,8 @@ SPLITS = {
     (_by_case(_CONTRACTION + "?") + r"|\p{N}{1,3}" + _AFTER_SLASH, False): "gpt-4o",
 }
 """Regular expression of the cut, and ``ignore_merges`` -> llama.cpp's name."""
+# what the functions below raise where a part is missing or of another type
+_DAMAGES = (KeyError, ValueError, TypeError, AttributeError, IndexError, StopIteration)
 _HINT = "--format dense keeps tokenizer.json as it is."
 
 
@@ -69,11 +71,21 @@ def vocabulary(base: Path, size: int, config: Mapping[str, Any], lossy: bool) ->
     """The tokenizer of a model folder whose embedding has ``size`` rows.
 
     Raises:
+        InputError: it is damaged.
         RecipeError: it is missing, or cannot be expressed. With ``lossy`` an unknown way to cut
             text becomes llama.cpp's default, which is noted.
     """
     if not (base / "tokenizer.json").is_file():
         raise RecipeError(f"{base} has no tokenizer.json to write to a GGUF file.", _HINT)
+    try:
+        return _vocabulary(base, size, config, lossy)
+    except _DAMAGES as error:
+        raise InputError(
+            f"The tokenizer in {base} is damaged: its files are not as transformers writes them."
+        ) from error
+
+
+def _vocabulary(base: Path, size: int, config: Mapping[str, Any], lossy: bool) -> Vocabulary:
     data = read_json(base / "tokenizer.json")
     settings = read_json(base / "tokenizer_config.json") if _has_settings(base) else {}
     kind, model = _kind(data), data["model"]
@@ -181,6 +193,8 @@ def _tokens(data: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     added = {token["id"]: token for token in data.get("added_tokens") or ()}
     by_id = {number: text for text, number in vocab.items()}
     by_id |= {number: token["content"] for number, token in added.items()}
+    if not all(isinstance(text, str) for text in by_id.values()):
+        raise TypeError("a token is no text")
     if max(by_id) >= size:
         raise RecipeError(
             f"The tokenizer has token {max(by_id)}, and the embedding only {size} rows.", _HINT

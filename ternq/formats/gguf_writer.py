@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ternq.errors import RecipeError
 from ternq.formats import Options
-from ternq.formats.gguf_codec import KINDS, Kind, encode
+from ternq.formats.folders import refuse_not_finite
+from ternq.formats.gguf_codec import DENSE, KINDS, Kind, encode
 from ternq.formats.gguf_fit import fitted
 from ternq.formats.gguf_models import ROPE_FACTORS, Model, interleaved
 from ternq.formats.gguf_tokenizer import Vocabulary
@@ -25,7 +26,7 @@ from ternq.progress import Event, Progress
 from ternq.source import Source
 
 OWN_KEY = "ternq.source"  # JSON: configuration, group size and shift of what was exported
-_DENSE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+_DENSE = {dtype: number for number, dtype in DENSE.items()}
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Plan:
     def dense(self, name: str, wide: bool) -> Tensor:
         """The bytes of another tensor; ``wide`` makes it float32."""
         tensor = self.source.tensor(name)
+        refuse_not_finite(name, tensor)
         self.meant[name] = digest(tensor.float())
         rows = self.rows(name, tensor).contiguous()
         return rows.float() if wide else rows.view(torch.uint8)
@@ -137,10 +139,11 @@ def _dense_type(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return 0 if len(shape) == 1 else _DENSE[dtype]
 
 
-def stored_bytes(kind: int, shape: tuple[int, ...]) -> int:
+def stored_bytes(type_id: int, shape: tuple[int, ...]) -> int:
     """The bytes of a tensor."""
-    of = {0: (1, 4), 1: (1, 2), 30: (1, 2)} | {k.id: (k.block, k.bytes) for k in KINDS.values()}
-    block, size = of[kind]
+    of = {number: (1, dtype.itemsize) for number, dtype in DENSE.items()}
+    of |= {kind.id: (kind.block, kind.bytes) for kind in KINDS.values()}
+    block, size = of[type_id]
     return torch.Size(shape).numel() // block * size
 
 
