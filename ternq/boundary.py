@@ -62,8 +62,14 @@ class InternalError(TernqError):
     """What nobody foresaw: a bug."""
 
 
-def run(app: typer.Typer, commands: Sequence[str], arguments: Sequence[str]) -> int:
-    """Run one command line; the result, the message and the returned exit status agree."""
+def run(
+    app: typer.Typer, commands: Sequence[str], arguments: Sequence[str], *, last: bool = False
+) -> int:
+    """Run one command line; the result, the message and the returned exit status agree.
+
+    ``last``: the process ends with this command, so no later signal may change the status that
+    has been printed.
+    """
     ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
     command = next((a for a in ours if a in commands), None)
     session = Session(arguments, json="--json" in ours, command=command)
@@ -82,6 +88,8 @@ def run(app: typer.Typer, commands: Sequence[str], arguments: Sequence[str]) -> 
     except OSError as caught:
         if error is None or isinstance(error, GateError):  # 4 goes before 5
             error = _in_words(caught)
+    if last:
+        stop.ignore()
     return _end(session, error)
 
 
@@ -216,6 +224,8 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     flags = {key: given.pop(key) for key in ("json", "quiet", "verbose", "no_progress", "help_all")}
     session.command, session.quiet, session.verbose = name, flags["quiet"], flags["verbose"]
     session.summary_md = given.pop("summary_md", None)
+    if given.get("model") == "":
+        raise UsageMistake("MODEL is empty.", f"See ternq {name} --help.")
     if "out" in given and given["out"] is None and given["model"] and not given.get("verify"):
         given["out"] = default_out(given["model"], given.get("format"))
     session.payload = {key: given.get(key) for key in ("model", "out", "seed")}

@@ -4,6 +4,8 @@ Only what is known is written: a measurement that was not made is not in the car
 """
 
 import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
 Without either, loading fails; never pass `ignore_mismatched_sizes=True`, which would replace the
-packed layers by random ones. `ternq pack --verify {name}` checks every file and every layer.
+packed layers by random ones. `ternq pack --verify {quoted}` checks every file and every layer.
 """,
     "dense": """\
 Load it with plain transformers; every weight is there as a {encoding} number:
@@ -34,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 """,
     "compressed-tensors": """\
-Load it with transformers and `pip install compressed-tensors`, or with vLLM (`vllm serve {name}`):
+Load it with transformers after `pip install compressed-tensors`, or `vllm serve {quoted}`:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -42,11 +44,11 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 """,
     "gguf": """\
-Run it with llama.cpp (`llama-cli -m FILE.gguf -p "Once"`), or from Python:
+Run it with llama.cpp (`llama-cli -m FILE.gguf -p "Once"`), or `pip install llama-cpp-python`:
 
 ```python
 from llama_cpp import Llama
-print(Llama("{file}")("Once", max_tokens=32)["choices"][0]["text"])
+print(Llama("{name}/{file}")("Once", max_tokens=32)["choices"][0]["text"])
 ```
 """,
     "mlx": """\
@@ -58,6 +60,7 @@ print(generate(*load("{name}"), "Once"))
 ```
 """,
 }
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARY = {"mlx": "mlx", "gguf": "gguf"}
 
 
@@ -68,7 +71,7 @@ def card(name: str, source: Source, about: Facts, file: str = "") -> str:
     """
     base = about.get("base_model") or {}
     loading = _LOADING[about["format"]].format(
-        name=name, encoding=about.get("encoding", ""), file=file
+        name=name, quoted=shlex.quote(name), encoding=about.get("encoding", ""), file=file
     )
     parts = [_front_matter(about, base), loading, f"# {name}\n", _what(source, about, base)]
     parts += filter(None, (_results(about), _recipe(about), _made(about)))
@@ -78,7 +81,7 @@ def card(name: str, source: Source, about: Facts, file: str = "") -> str:
 def _front_matter(about: Facts, base: Facts) -> str:
     lines = [f"library_name: {_LIBRARY.get(about['format'], 'transformers')}"]
     lines += ["pipeline_tag: text-generation", "tags: [ternq, ternary, 1.58-bit]"]
-    if base.get("name"):
+    if _HUB_ID.fullmatch(str(base.get("name"))):
         lines.append(f"base_model: {json.dumps(base['name'])}")
     if base.get("license"):
         lines.append(f"license: {json.dumps(base['license'])}")
@@ -88,7 +91,8 @@ def _front_matter(about: Facts, base: Facts) -> str:
 def _what(source: Source, about: Facts, base: Facts) -> str:
     weights = about["weights"]
     form = "scale * code + shift" if source.shift else "scale * code"
-    rows = [("base model", f"{base.get('name', 'not recorded')}")]
+    name = str(base.get("name", "not recorded"))
+    rows = [("base model", name if _HUB_ID.fullmatch(name) else name.rpartition("/")[2])]
     rows.append(("licence of the base model", base.get("license") or "not stated by it"))
     rows.append(
         (
@@ -107,11 +111,13 @@ def _what(source: Source, about: Facts, base: Facts) -> str:
         if weights.get(key) is not None
     ]
     verify = about["verify"]
-    proof = f"{verify['checked']} layers read back and compared, to the bit"
+    proof = f"{verify['checked']} layers read back and compared with what was written, to the bit"
+    if verify.get("reader"):
+        proof += f", by {verify['reader']}"
     if verify.get("max_abs_logit_diff") is not None:
         proof += f"; logits differ by at most {verify['max_abs_logit_diff']:.2g}"
     rows.append(("verified", proof))
-    for key, label in (("rounded", "rounded to float16"), ("lost", "relative error")):
+    for key, label in (("rounded", "rounded"), ("lost", "LOSSY: relative error")):
         if found := verify.get(key):
             layer = max(found, key=lambda n: found[n])
             what = f"{len(found)} layers, the most in {layer}: {found[layer]:.2g}"
@@ -155,7 +161,8 @@ def _recipe(about: Facts) -> str | None:
     training = recipe["training"]
     steps = training.get("steps")
     size = training["batch_size"] * training["sequence_length"]
-    rows = [("method", "DLT (learned scale and shift of each group) with OFF (feature cosine)")]
+    learned = "scale and shift" if recipe["scheme"]["shift"] else "scale"
+    rows = [("method", f"DLT (learned {learned} of each group) with OFF (feature cosine)")]
     if steps is not None:
         length = f"{steps:,} steps, {steps * size:,} tokens, seed {recipe['seed']}"
         rows.append(("training", length))
@@ -166,17 +173,22 @@ def _recipe(about: Facts) -> str | None:
     rows += [(f"SHA-256 of {name}", f"`{digest}`") for name, digest in hashes.items()]
     text = _table(("", ""), rows)
     replay = json.dumps(recipe, indent=1, ensure_ascii=False)
-    recipe_text = f"`ternq ternarize --recipe` replays:\n\n```json\n{replay}\n```\n"
+    said = "The recipe, which `ternq ternarize MODEL --recipe FILE` replays from a file:"
+    recipe_text = f"{said}\n\n```json\n{replay}\n```\n"
     return f"## How it was trained\n\n{text}\n{recipe_text}"
 
 
 def _made(about: Facts) -> str | None:
-    made = about.get("made")
+    """The commands that made it, the first one first, and the versions of each."""
+    made = [*about.get("history", ()), *filter(None, [about.get("made")])]
     if not made:
         return None
-    command = f"```bash\n{made['command']}\n```\n\n" if made.get("command") else ""
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    return f"## How it was made\n\n{command}With {versions}.\n"
+    parts = []
+    for one in made:
+        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        command = f"```bash\n{one['command']}\n```\n\n" if one.get("command") else ""
+        parts.append(f"{command}With {versions}.\n")
+    return "## How it was made\n\n" + "\n".join(parts)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

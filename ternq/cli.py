@@ -37,7 +37,7 @@ app = typer.Typer(
 def main() -> NoReturn:
     """The console script: run, then end the process with the contract's exit status."""
     try:
-        status = run(sys.argv[1:])
+        status = boundary.run(app, COMMANDS, sys.argv[1:], last=True)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough: end as any Unix program does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ternq import checkpoint, structure
 from ternq.errors import InputError, ResourceError, VerificationError
-from ternq.formats.gguf_file import Header
+from ternq.formats.gguf_file import Q2_0, Header
 from ternq.linear import TernaryLinear, packed_layers
 from ternq.modeling_ternq import (
     METHOD,
@@ -385,13 +385,19 @@ def _where(model: str, path: Path | None) -> tuple[str, dict[str, Any]]:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"'{model}' is not a GGUF file: it does not begin with 'GGUF'.")
+        if any(entry.type == Q2_0 for entry in Header(path).tensors.values()):
+            raise InputError(
+                f"'{model}' holds layers of the type Q2_0, which transformers does not read.",
+                f"Take it in first: ternq pack {model}",
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path == DEMO_FOLDER:
         return str(path), {}
     if not (path / "config.json").is_file():
         raise InputError(
             f"'{model}' is a folder without config.json, so it is no model.",
-            "Name a Hugging Face model folder, a .gguf file, a hub id, or 'demo'.",
+            "Name a Hugging Face model folder, a .gguf file (the file, not its folder), a hub id, "
+            "or 'demo'.",
         )
     if not any(path.glob("*.safetensors")):
         raise InputError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ternq import checkpoint, hf, structure
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.linear import select
-from ternq.modeling_ternq import TernqConfig, features
+from ternq.modeling_ternq import METHOD, TernqConfig, features
 from ternq.progress import Event, Progress
 from ternq.recipe import Scheme, display_name
 from ternq.recover import NotTernaryError, recover, scheme_of
@@ -61,6 +61,8 @@ def opened(
     if path is not None and path.suffix == ".gguf":
         from ternq.formats.gguf_import import opened as opened_gguf
 
+        if (path.parent / checkpoint.EXPORT_MANIFEST).is_file():
+            checkpoint.verify_files(path.parent, checkpoint.EXPORT_MANIFEST)
         with opened_gguf(path) as source:
             yield source
     elif path is not None and (path / hf.RUN_FILE).is_file():
@@ -101,6 +103,11 @@ def open_checkpoint(
     config = checkpoint.read_json(folder / "config.json")
     quantization = config.pop("quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    if method == METHOD:
+        raise InputError(
+            f"'{model}' has no {checkpoint.MANIFEST}: save_pretrained wrote it, not ternq pack.",
+            "Pack the artefact that was loaded, or the run.",
+        )
     if method not in (None, _BITNET):
         raise InputError(
             f"'{model}' is quantized by '{method}', which ternq pack does not take in.",

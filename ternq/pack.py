@@ -4,6 +4,8 @@ A model that is ternary comes in as a `Source`, from wherever it is; ternq's own
 by `ternq.artefact` and proved by `ternq.proof`, others by `ternq.formats`.
 """
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from ternq.linear import Dense, decoder_blocks, dense_parts, packed_layers
 from ternq.modeling_ternq import is_linear
 from ternq.progress import Event, Progress, ignore
 from ternq.source import Source, of_model
+from ternq.weights import embeddings as embeddings_of
 from ternq.weights import stored_dtype, with_file
 
 __all__ = ["Options", "pack", "verify"]
@@ -48,7 +51,8 @@ def pack(
     """Write a ternary model as an artefact at ``out``; returns the contract's fields.
 
     ``model`` is a run, an artefact, a checkpoint that is ternary by value, or a model in memory.
-    ``extra`` goes into the manifest. Before the folder gets its name it is read again and compared:
+    ``extra`` goes into the manifest. What is finished already, asked for again of the same files,
+    is left as it is. Before the folder gets its name it is read again and compared:
     every tensor to the bit; of a model that fits, also the logits.
 
     Raises:
@@ -59,6 +63,14 @@ def pack(
     """
     options = options or Options()
     _check_request(format, embeddings, keep_dtype, options)
+    name = checkpoint.MANIFEST if format == "ternq" else checkpoint.EXPORT_MANIFEST
+    asked = _digest(model, format, embeddings, group_size, skip, vars(options), keep_dtype)
+    if asked and not overwrite and (out / name).is_file():
+        manifest = checkpoint.read_manifest(out, name)
+        if manifest.get("asked_sha256") == asked:
+            progress(Event("done", f"{out} is finished already, of the same; nothing to do"))
+            kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
+            return {"out": str(out), **kept}
     checkpoint.check_output(out, overwrite)
     with _opened(model, group_size, skip, offline, progress) as source:
         _refuse_input(model, out)
@@ -74,7 +86,7 @@ def pack(
             text = card(out.name, source, about, file)
             (staged / "README.md").write_text(text, encoding="utf-8")
             kept = {k: v for k, v in about.items() if k not in ("notes", "dense_layers")}
-            name = checkpoint.MANIFEST if format == "ternq" else checkpoint.EXPORT_MANIFEST
+            kept |= {"asked_sha256": asked} if asked else {}
             manifest = checkpoint.write_manifest(staged, kept, name)
     return {"out": str(out), "files": manifest["files"], **made}
 
@@ -97,8 +109,14 @@ def verify(
                 "Leave MODEL out to check its files.",
             )
         manifest = checkpoint.verify_files(folder, checkpoint.EXPORT_MANIFEST)
-        kept = {key: manifest.get(key) for key in ("format", "weights", "files", "verify")}
-        return kept | {"notes": ["The SHA-256 of every file; the format's reader was not run."]}
+        note = f"The files are as they were made; no reader of {manifest.get('format')} was run."
+        return {
+            "format": manifest.get("format"),
+            "weights": manifest.get("weights"),
+            "files": manifest["files"],
+            "verify": {"checked": 0, "max_abs_logit_diff": None, "ok": True},
+            "notes": [note],
+        }
     if model is None:
         return proof.verify(folder, progress=progress)
     checkpoint.verify_files(folder)
@@ -138,6 +156,17 @@ def _opened(
         yield of_model(model, Path(folder))
 
 
+def _digest(model: str | Loaded, *request: Any) -> str | None:
+    """What is asked for, of which files (by size and time), as a hash; None without files."""
+    path = hf.local_path(model) if isinstance(model, str) else None
+    if path is None:
+        return None
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    said = json.dumps([str(path.resolve()), stats, request], default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
 def _check_request(format: str, embeddings: str, keep_dtype: bool, options: Options) -> None:
     """Refuse options that do not fit each other, before anything is opened."""
     if format not in ("ternq", *formats.MODULES):
@@ -148,6 +177,8 @@ def _check_request(format: str, embeddings: str, keep_dtype: bool, options: Opti
         raise RecipeError(f"--embeddings is 'keep' or 'int8', not '{embeddings}'.")
     if format == "ternq" and (options.encoding or options.lossy):
         raise RecipeError("--encoding and --lossy are of other formats.", "Name one with --format.")
+    if options.exact and embeddings == "int8":
+        raise RecipeError("--exact refuses any rounding, and --embeddings int8 rounds.")
     if format != "ternq" and (embeddings != "keep" or keep_dtype):
         flag = "--keep-dtype" if keep_dtype else f"--embeddings {embeddings}"
         raise RecipeError(f"{flag} is of the format ternq, not of {format}.")
@@ -164,6 +195,8 @@ def _ternq(
     """Write and prove ternq's own format; what is said of it."""
     dtype = stored_dtype(source.dtype, keep_dtype)
     note = _dtype_note(source.dtype, dtype)
+    if note and exact:
+        raise RecipeError(f"--exact: {note}", "Pass --keep-dtype.")
     if note:
         progress(Event("pack", note))
     with torch.no_grad():
@@ -194,6 +227,7 @@ def _foreign(
         "weights": {
             "coverage": linear / source.parameters,
             "bpw_linear": exported.bits / linear,
+            "bpw_embeddings": _embedding_bits(source, format, exported.encoding),
             "bpw_file": 8 * size / source.parameters,
             "bytes": size,
             "bytes_dense_bf16": 2 * source.parameters,
@@ -212,6 +246,16 @@ def _foreign(
     }
 
 
+def _embedding_bits(source: Source, format: str, encoding: str) -> float | None:
+    """Bits a weight of the embeddings in another format; None for a model that has none."""
+    tables = [source.others.get(f"{name}.weight") for name in embeddings_of(source.skeleton)]
+    if not any(tables):
+        return None
+    if format == "gguf":  # which keeps every dense matrix in its type
+        return float(8 * max(table[0].itemsize for table in tables if table))
+    return 32.0 if "float32" in encoding else 16.0
+
+
 def _refuse_rounding(source: Source, exact: bool) -> None:
     if exact and source.rounded:
         name, error = max(source.rounded.items(), key=lambda item: item[1])
@@ -227,6 +271,8 @@ def _refuse_input(model: str | Loaded, out: Path) -> None:
     where = None if path is None else path.resolve()
     if where is not None and out.resolve() in [where, *where.parents]:
         raise RecipeError(f"{out} holds the model itself.", "Choose another name with -o.")
+    if where is not None and where.is_dir() and where in out.resolve().parents:
+        raise RecipeError(f"{out} lies inside the model.", "Choose another place with -o.")
 
 
 def _check_room(source: Source, format: str, options: Options, out: Path) -> None:

@@ -4,6 +4,7 @@
 imported when something is shown.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -234,7 +235,7 @@ def _dense(layers: Sequence[Payload]) -> Iterator[str]:
 
 def _verified(verify: Payload) -> str:
     """What was proved, and what was lost on the way."""
-    parts = [f"{verify['checked']} layers, to the bit"]
+    parts = [f"{verify['checked']} layers, to the bit"] if verify["checked"] else []
     if verify.get("reader"):
         parts.append(f"read back by {verify['reader']}")
     if verify.get("max_abs_logit_diff") is not None:
@@ -254,7 +255,8 @@ _LOSSES = {
 
 
 def _next(payload: Payload) -> str:
-    out = payload["out"]
+    out = shlex.quote(str(payload["out"]))
+    out = f"./{out}" if out.startswith("-") else out
     if payload.get("command") == "distill":
         return f"ternq pack {out}"
     if payload.get("format", "ternq") != "ternq":

@@ -259,10 +259,18 @@ def _about(manifest: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: manifest[key] for key in _KEPT if key in manifest}
     forms = {"base_model": dict, "data": list, "data_sha256": dict, "text_sha256": str}
     found = {k: v for k, v in found.items() if isinstance(v, forms.get(k, dict))}
+    before = [*_items(manifest.get("history")), *_items([manifest.get("made")])]
+    found |= {"history": before} if before else {}
     try:
         return found | {"recipe": Recipe.from_json(found["recipe"]).to_json()}
     except (KeyError, RecipeError):
         return {key: value for key, value in found.items() if key != "recipe"}
+
+
+def _items(commands: Any) -> list[dict[str, Any]]:
+    """Of a list of commands and versions, those that have that form."""
+    found = commands if isinstance(commands, list) else []
+    return [c for c in found if isinstance(c, dict) and isinstance(c.get("versions"), dict)]
 
 
 def _recipe(run: Path | None) -> dict[str, Any]:
@@ -270,4 +278,6 @@ def _recipe(run: Path | None) -> dict[str, Any]:
     if run is None or not (run / hf.RUN_FILE).is_file():
         return {}
     record = hf.read_run(run)
-    return {key: record[key] for key in _KEPT if key in record}
+    found = {key: record[key] for key in _KEPT if key in record}
+    training = found["recipe"].get("training", {}) | {"steps": record.get("steps"), "tokens": None}
+    return found | {"recipe": {**found["recipe"], "training": training}}

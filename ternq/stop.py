@@ -33,6 +33,12 @@ def restore() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def ignore() -> None:
+    """The end of the program: what it has said stands, whatever signal still comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def not_polled() -> None:
     """Nobody polls from here on: a signal ends the command at once again."""
     global _polled

@@ -217,6 +217,7 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     assert run("pack run --format gguf --encoding Q4_1 --exact") == 0
     assert verb.args == ("run", Path("run-gguf"))
     assert verb.options["options"] == Options(exact=True, encoding="Q4_1")
+    assert cli.run(["pack", ""]) == 2
     wrong = ("pack", "pack run --format zip", "pack run --group-size 0", "pack --verify x -o y")
     for line in (*wrong, "pack --verify x --skip y", "pack --verify x --format mlx"):
         assert run(line) == 2

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -387,6 +388,50 @@ def test_proof_sees_a_forward_pass_that_is_not_the_student(
 def test_choices_that_do_not_fit_each_other(tmp_path: Path, choice: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         pack("never looked at", tmp_path / "out", **choice)
+
+
+def test_what_is_finished_is_left_as_it_is_until_its_source_changes(
+    shared: Path, tmp_path: Path
+) -> None:
+    for options in ({}, {"format": "dense"}):
+        out = tmp_path / f"out{len(options)}"
+        made = pack(str(shared), out, **options)
+        before = (out / "README.md").stat().st_mtime_ns
+        assert pack(str(shared), out, **options)["files"] == made["files"]
+        assert (out / "README.md").stat().st_mtime_ns == before
+        with pytest.raises(RecipeError, match="exists already"):
+            pack(str(shared), out, options=Options(exact=True), **options)
+    source = tmp_path / "source"
+    shutil.copytree(shared, source)
+    pack(str(source), tmp_path / "other")
+    os.utime(source / "config.json", ns=(1, 1))
+    with pytest.raises(RecipeError, match="exists already"):
+        pack(str(source), tmp_path / "other")
+
+
+def test_exact_refuses_what_rounds_and_an_output_inside_the_model(
+    shared: Path, tmp_path: Path
+) -> None:
+    exact = Options(exact=True)
+    with pytest.raises(RecipeError, match="int8 rounds"):
+        pack(str(shared), tmp_path / "out", embeddings="int8", options=exact)
+    with pytest.raises(RecipeError, match="bfloat16 in the file"):
+        pack(loaded(student()), tmp_path / "out", options=exact)
+    with pytest.raises(RecipeError, match="inside the model"):
+        pack(str(shared), shared / "sub")
+    assert nothing_written(tmp_path)
+
+
+def test_the_card_of_an_export_tells_the_whole_way(tmp_path: Path) -> None:
+    first = {"made": {"command": "ternq ternarize x", "versions": {"ternq": "1"}}}
+    pack(loaded(student(shift=False)), tmp_path / "first", extra=first)
+    second = {"made": {"command": "ternq pack 'my art'", "versions": {"ternq": "2"}}}
+    pack(str(tmp_path / "first"), tmp_path / "my art", format="dense", extra=second)
+    card = (tmp_path / "my art" / "README.md").read_text()
+    assert card.index("ternq ternarize x") < card.index("ternq pack 'my art'")
+    assert "by transformers" in card and "| embeddings and head | 16.000 bits a weight |" in card
+    checked = verify(tmp_path / "my art")
+    assert checked["verify"]["checked"] == 0 and "no reader of dense" in checked["notes"][0]
 
 
 # A damaged artefact
