@@ -202,7 +202,8 @@ def test_dense_without_shift_in_float16_is_exact(
 def test_a_large_model_is_compared_by_its_file(
     source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "SMALL", 0)
+    for module in (dense, compressed):
+        monkeypatch.setattr(module, "LARGEST_LOADED", 0)
     monkeypatch.setattr(folders, "SHARD_BYTES", 20_000)
     result = export(dense, source("llama"), tmp_path / "dense")
     assert result.reader == "safetensors, names and shapes by transformers"
@@ -451,6 +452,29 @@ def test_the_folder_holds_known_files_only(
     }
 
 
+@pytest.mark.parametrize("encoding", ["float16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("module", FORMATS)
+def test_values_that_are_not_finite_are_refused(
+    source: Callable[..., Source],
+    tmp_path: Path,
+    module: Any,
+    value: float,
+    encoding: str,
+) -> None:
+    origin = source("even", group_size=64)
+    spoilt = "model.norm.weight"
+
+    def tensor(name: str) -> Tensor:
+        found = origin.tensor(name).clone()
+        if name == spoilt:
+            found[3] = value
+        return found
+
+    with pytest.raises(VerificationError, match=f"{spoilt} holds values that are not finite"):
+        export(module, replace(origin, tensor=tensor), tmp_path / "out", encoding=encoding)
+
+
 @pytest.mark.parametrize("module", [compressed, mlx])
 def test_conv1d_is_refused(source: Callable[..., Source], tmp_path: Path, module: Any) -> None:
     with pytest.raises(RecipeError, match="is a Conv1D") as told:
@@ -507,7 +531,7 @@ def test_a_tensor_too_many_is_found(
     source: Callable[..., Source], tmp_path: Path, module: Any
 ) -> None:
     origin = source("even", group_size=64)
-    others = [*origin.others, "model.stray"]
+    others = {**origin.others, "model.stray": (torch.float32, (2,))}
     tensor = {"model.stray": torch.ones(2)}
     more = replace(
         origin,

@@ -495,6 +495,24 @@ def test_lossy_says_what_each_layer_lost(source: Callable[..., Source], tmp_path
     assert result.lost["model.layers.0.mlp.up_proj"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoilt", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_values_that_are_not_finite_are_refused(
+    source: Callable[..., Source], spoilt: str, value: float, tmp_path: Path
+) -> None:
+    own = source()
+
+    def tensor(name: str) -> torch.Tensor:
+        found = own.tensor(name).clone()
+        if name == spoilt:
+            found[3] = value
+        return found
+
+    with pytest.raises(VerificationError, match=f"{spoilt} holds values that are not finite"):
+        export(replace(own, tensor=tensor), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "part", ["blk.0.attn_q.weight", "blk.1.ffn_up.weight", "token_embd.weight"]
 )

@@ -32,6 +32,7 @@ from ternq.formats.groups import (
     relative_error,
 )
 from ternq.progress import Event, Progress
+from ternq.proof import LARGEST_LOADED, ROUNDED_TOLERANCE
 from ternq.source import Source
 from ternq.ternary import TernaryWeight
 from ternq.writer import Layout
@@ -39,7 +40,6 @@ from ternq.writer import Layout
 ENCODINGS = ("float16", "bfloat16", "float32")
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _PROBE = (2, 16)  # rows and tokens of the text that logits are compared on
-_TOLERANCE = 1e-4  # of the largest logit
 # what the library and transformers raise for a folder that they cannot read
 _REFUSALS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 
@@ -72,7 +72,7 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         VerificationError: the library reads something else than was written.
     """
     version = _installed()
-    _refuse_transposed(source)
+    folders.refuse_transposed(source, "and compressed-tensors compresses nn.Linear only")
     dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "compressed-tensors")
     skeleton = folders.begin(source, folder, dtype)
     others = folders.others_of(source, skeleton, dtype, options)
@@ -215,15 +215,6 @@ def _installed() -> str:
     return version
 
 
-def _refuse_transposed(source: Source) -> None:
-    if source.transposed:
-        raise RecipeError(
-            f"{min(source.transposed)} is a Conv1D, and compressed-tensors compresses nn.Linear "
-            "only.",
-            "Choose --format dense or --format gguf.",
-        )
-
-
 def _verify(
     folder: Path,
     others: folders.Others,
@@ -236,7 +227,7 @@ def _verify(
     What transformers does is done here to the empty model: the library reads the configuration,
     puts its parameters in, and so says which tensors of which shapes it expects.
     """
-    small = folders.parameters(skeleton) <= folders.SMALL
+    small = others.source.parameters <= LARGEST_LOADED
     kind, config = type(skeleton), copy.deepcopy(skeleton.config)
     written = checkpoint.TensorFolder(folder)
     with _asked("compressed-tensors"):
@@ -299,7 +290,7 @@ def _compare_model(
         with torch.no_grad():
             expected, found = dense(input_ids=ids).logits, again(input_ids=ids).logits
     difference = float((found - expected).abs().max())
-    if not difference <= _TOLERANCE * float(expected.abs().max()):
+    if not difference <= ROUNDED_TOLERANCE * float(expected.abs().max()):
         raise VerificationError(
             f"Logits through transformers differ by {difference:.3g} from those of a dense model "
             "with the same weights."

@@ -16,6 +16,7 @@ from ternq.errors import RecipeError, TernqError, VerificationError
 from ternq.formats import Exported, Options, folders
 from ternq.formats.groups import largest_error
 from ternq.progress import Event, Progress
+from ternq.proof import LARGEST_LOADED
 from ternq.source import Source
 
 ENCODINGS = ("bfloat16", "float16", "float32")
@@ -85,7 +86,7 @@ def _verify(folder: Path, others: folders.Others, skeleton: Any, progress: Progr
     source = others.source
     written = checkpoint.TensorFolder(folder)
     folders.check_names(skeleton, written.shapes)
-    small = folders.parameters(skeleton) <= folders.SMALL
+    small = source.parameters <= LARGEST_LOADED
     state = _loaded(folder, others.dtype) if small else written
     folders.check_others(state, others)
     for done, module in enumerate(source.modules, 1):

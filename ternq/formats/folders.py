@@ -21,7 +21,6 @@ from ternq.source import Source
 from ternq.writer import Layout, write_tensors
 
 SHARD_BYTES = 5 * 10**8
-SMALL = 200_000_000  # parameters of a model that is loaded whole to be verified
 
 
 @dataclass(frozen=True)
@@ -172,6 +171,15 @@ def bits(layout: Layout) -> int:
     return 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
+def refuse_transposed(source: Source, why: str) -> None:
+    """`RecipeError` for a model whose layers are `Conv1D`, where a format has only `nn.Linear`."""
+    if source.transposed:
+        raise RecipeError(
+            f"{min(source.transposed)} is a Conv1D, {why}.",
+            "Choose --format dense.",
+        )
+
+
 def refuse_not_finite(name: str, tensor: Tensor) -> None:
     """`VerificationError` for a tensor that holds NaN or an infinity."""
     if not bool(tensor.isfinite().all()):
@@ -181,11 +189,6 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are alike in type, shape and value."""
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def parameters(skeleton: Any) -> int:
-    """Parameters of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def older_names(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
             by more than `BOUND` without ``lossy``, or at all with ``exact``.
         VerificationError: what is read is not what was written.
     """
-    _refuse_transposed(source)
+    folders.refuse_transposed(source, "whose weight mlx-lm transposes when it loads")
     dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "mlx")
     skeleton = folders.begin(source, folder, dtype)
     shapes = {n: tuple(skeleton.get_submodule(n).weight.shape) for n in source.modules}
@@ -177,14 +177,6 @@ def _encoding(sizes: dict[str, int], dtype: torch.dtype) -> str:
     """Such as ``affine 2 bit group 128 float16``."""
     groups = " and ".join(f"group {size}" for size in sorted(set(sizes.values())))
     return f"affine 2 bit {groups} {checkpoint.dtype_name(dtype)}"
-
-
-def _refuse_transposed(source: Source) -> None:
-    if source.transposed:
-        raise RecipeError(
-            f"{min(source.transposed)} is a Conv1D, whose weight mlx-lm transposes when it loads.",
-            "Choose --format dense or --format gguf.",
-        )
 
 
 def _verify(
