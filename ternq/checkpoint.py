@@ -56,7 +56,6 @@ __all__ = [
     "publish",
     "read_json",
     "read_manifest",
-    "save_sharded",
     "save_tensors",
     "staging",
     "verify_files",
@@ -88,24 +87,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file; `InputError` naming it if missing or damaged."""
     with _opened(path, check=True) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def save_sharded(
-    tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int | None = None
-) -> list[Path]:
-    """Write `model.safetensors`, or shards and the index that transformers reads if larger."""
-    shards: list[dict[str, Tensor]] = [{}]
-    limit = room = shard_bytes or SHARD_BYTES
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        save_tensors(shards[0], folder / TENSORS)
-        return [folder / TENSORS]
-    return _save_shards(shards, folder)
 
 
 class TensorFolder:
@@ -184,16 +165,6 @@ def _dtype(path: Path, name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``: the name that config.json uses."""
     return str(dtype).removeprefix("torch.")
-
-
-def _save_shards(shards: list[dict[str, Tensor]], folder: Path) -> list[Path]:
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(names, shards, strict=True):
-        save_tensors(shard, folder / file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    return [folder / name for name in names]
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -24,7 +24,6 @@ from ternq.checkpoint import (
     publish,
     read_json,
     read_manifest,
-    save_sharded,
     save_tensors,
     staging,
     verify_files,
@@ -33,6 +32,7 @@ from ternq.checkpoint import (
     writing,
 )
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
+from ternq.writer import write_tensors
 
 
 def make(folder: Path, text: str = "one") -> Path:
@@ -321,8 +321,9 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
 
 def test_sharded_equals_whole(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
-    files = save_sharded(tensors, tmp_path, shard_bytes=100)
-    assert [f.name for f in files][0] == "model-00001-of-00004.safetensors"
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(tmp_path, layout, tensors.__getitem__, shard_bytes=100)
+    assert (tmp_path / "model-00001-of-00004.safetensors").is_file()
     folder = TensorFolder(tmp_path)
     assert set(folder) == set(tensors)
     assert folder.shapes["t3"] == (10,)

@@ -21,6 +21,7 @@ MAGIC = b"GGUF"
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _I8 = 24
+Q2_0 = 42  # the type's id, which gguf-py 0.19 does not know
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "command-r")
 _DEPTH = 4  # of arrays in arrays
 _MOST = 2**26  # items of an array, letters of a string
