@@ -98,7 +98,13 @@ def test_float32_scales_are_rounded_once_and_exact_refuses(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "dense")
     tiny.tokenizer().save_pretrained(tmp_path / "dense")
     with pytest.raises(RecipeError, match="--exact: float16 does not hold the scales of 14 layers"):
-        pack(str(tmp_path / "dense"), tmp_path / "out", options=Options(exact=True), offline=True)
+        pack(
+            str(tmp_path / "dense"),
+            tmp_path / "out",
+            options=Options(exact=True),
+            keep_dtype=True,
+            offline=True,
+        )
     assert not (tmp_path / "out").exists()
     result = pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
     errors = result["verify"]["rounded"]
