@@ -37,6 +37,7 @@ from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, display_name
 
 Kind = Literal["dense", "packed", "run"]
 RUN_FILE = "run.json"  # makes a folder a run
+REPORT = "report.json"  # what its training measured
 STUDENT_FILE = "student.safetensors"  # the trained student of a finished run
 BASE_FOLDER = "base"  # configuration and tokenizer of the model a run trains
 # what transformers raises for a configuration or file that it cannot make a model of

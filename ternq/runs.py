@@ -20,7 +20,7 @@ from ternq.linear import ternary_layers
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
 from ternq.train import CHECKPOINTS, METRICS
 
-REPORT = "report.json"
+REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
 FORMAT = "ternq_run"
 _BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off

@@ -140,7 +140,7 @@ def open_run(folder: Path) -> Source:
         layer=layer,
         tensor=tensors.__getitem__,
         reload=lambda: hf.load(str(folder), offline=True).model,
-        about=_recipe(folder),
+        about=_recipe(folder) | _measured(folder),
     )
 
 
@@ -252,6 +252,21 @@ def _model_config(folder: Path) -> dict[str, Any]:
     """``config.json`` as of the dense model."""
     config = checkpoint.read_json(folder / "config.json")
     return {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """What `ternq distill` measured of teacher and student, for the card."""
+    if not (run / hf.REPORT).is_file():
+        return {}
+    report = checkpoint.read_json(run / hf.REPORT)
+    names = {"teacher": str(report.get("model")), "student": "the trained run, before packing"}
+    found = {name: report[who] for who, name in names.items() if who in report}
+    keys = {"token_perplexity": "perplexity", "word_perplexity": "word_perplexity"}
+    results = {
+        name: {"held-out": {ours: own[key] for ours, key in keys.items() if own.get(key)}}
+        for name, own in found.items()
+    }
+    return {"results": results, "student": report.get("student")}
 
 
 def _about(manifest: Mapping[str, Any]) -> dict[str, Any]:

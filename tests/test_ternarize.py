@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard
 
 from ternq import corpus, train
 from ternq import ternarize as verbs
+from ternq.distill import distill
 from ternq.errors import InputError, RecipeError
 from ternq.files import sha256
+from ternq.pack import pack
 from ternq.report import number
 from ternq.ternarize import ternarize
 
@@ -131,6 +133,19 @@ def test_the_card_tells_how_it_was_made_and_measured(
     assert make(embeddings="int8", tasks=tasks, made=made) == report  # finished: nothing to do
     with pytest.raises(RecipeError, match="other options"):
         make()
+
+
+def test_the_card_of_a_packed_run_tells_what_the_run_measured(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = checkpoints.recipe(tmp_path / "model", tmp_path / "text.jsonl")
+    report = distill(str(tmp_path / "model"), tmp_path / "run", recipe, offline=True)
+    pack(str(tmp_path / "run"), tmp_path / "packed")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    values = [number(report[who]["perplexity"]) for who in ("teacher", "student")]
+    assert f"| held-out | token perplexity | {values[0]} | {values[1]} |" in card
+    assert "| the trained run, before packing |" in card
+    assert "| training | 2 steps, 64 tokens, seed 0 |" in card
 
 
 def test_tasks_that_cannot_be_measured_are_said_before_the_training(
