@@ -110,7 +110,7 @@ def _of_artefact(path: Path | None) -> Iterator[None]:
         return
     checkpoint.verify_files(path)
     try:
-        structure.check(path, lambda: skeleton(path, packed_config(path)))
+        check_structure(path)
         yield
     except InputError as error:
         hint = f"`ternq pack --verify {path}` says more."
@@ -199,6 +199,15 @@ def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
         if packed is not None:
             put_packed(model, packed)
         return model
+
+
+def check_structure(folder: Path) -> None:
+    """Refuse an artefact whose configuration, files and tensors do not belong together.
+
+    Raises:
+        InputError, VerificationError: see `ternq.structure.check`.
+    """
+    structure.check(folder, lambda: skeleton(folder, packed_config(folder)))
 
 
 def packed_config(folder: Path) -> TernqConfig:

@@ -22,7 +22,7 @@ from ternq.modeling_ternq import METHOD, TernqConfig, features
 from ternq.progress import Event, Progress
 from ternq.recipe import Scheme, display_name
 from ternq.recover import NotTernaryError, recover, scheme_of
-from ternq.source import Source, open_artefact, open_run
+from ternq.source import Source, not_ternary, open_artefact, open_run
 from ternq.ternary import TernaryWeight
 
 _SAMPLED_ROWS = 8  # at the beginning, in the middle and at the end of a layer each
@@ -120,9 +120,13 @@ def open_checkpoint(
     if like is not None:
         group_size = like.group_size
         chosen = {name: chosen[name] for name in like.modules if name in chosen}
+        if not chosen:
+            raise InputError(f"'{model}' has none of the artefact's ternary layers.")
     rounded: dict[str, float] = {}
     if method == _BITNET:
         layers, notes = _bitnet(model, quantization, chosen, tensors, names, rounded)
+        if not layers:
+            raise not_ternary(model)
         size, shift, modules = max(features(m)[0] for m in chosen.values()), False, tuple(layers)
         layer: Callable[[str], TernaryWeight] = lambda name: layers[name]()  # noqa: E731
     else:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import packing, ternary
+from ternq import ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import Scheme, Ste
@@ -96,31 +96,14 @@ class TernaryLinear(nn.Linear):
         """The codes in use, int8 ``[out, in]``."""
         return ternary.quantize(self.weight, self.group_size)
 
-    def exported(self) -> ternary.TernaryWeight:
-        """The numbers that are stored, in the one stored form, `ternary.canonical`."""
-        own = ternary.TernaryWeight(
-            self.codes(), self.weight_scale, self.weight_shift, self.group_size
-        )
-        return own.canonical()
+    def numbers(self) -> ternary.TernaryWeight:
+        """Codes, scales and shifts as they are in training, on the CPU."""
+        scale = self.weight_scale.detach().cpu()
+        shift = None if self.weight_shift is None else self.weight_shift.detach().cpu()
+        return ternary.TernaryWeight(self.codes().cpu(), scale, shift, self.group_size)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
-
-
-def packed_linear(weight: ternary.TernaryWeight, bias: nn.Parameter | None = None) -> PackedLinear:
-    """A packed layer of these numbers."""
-    out_features, in_features = weight.codes.shape
-    with torch.device("meta"):
-        new = PackedLinear(
-            in_features,
-            out_features,
-            bias=False,
-            group_size=weight.group_size,
-            shift=weight.shift is not None,
-        )
-    new.weight = packing.pack_base3(weight.codes)
-    new.weight_scale, new.weight_shift, new.bias = weight.scale, weight.shift, bias
-    return new
 
 
 Ternary = TernaryLinear | PackedLinear

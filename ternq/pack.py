@@ -119,7 +119,7 @@ def verify(
         }
     if model is None:
         return proof.verify(folder, progress=progress)
-    checkpoint.verify_files(folder)
+    checkpoint.read_manifest(folder)  # that it is an artefact; its files are hashed below
     with intake.opened(
         model,
         group_size=None,

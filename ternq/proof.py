@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import artefact, checkpoint, hf, int8, packing, structure
+from ternq import artefact, checkpoint, hf, int8, packing
 from ternq.artefact import Written
 from ternq.errors import InputError, TernqError, VerificationError
 from ternq.linear import packed_layers
@@ -184,7 +184,7 @@ def _different_rows(a: Tensor, b: Tensor) -> str:
 def _check_structure(folder: Path) -> None:
     """Refuse tensors that are not those of the configuration, before any is read."""
     try:
-        structure.check(folder, lambda: hf.skeleton(folder, hf.packed_config(folder)))
+        hf.check_structure(folder)
     except InputError as error:
         raise VerificationError(error.message, error.hint) from error
 

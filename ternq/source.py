@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing, structure, ternary
+from ternq import checkpoint, hf, packing, ternary
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
-from ternq.linear import TernaryLinear, ternary_layers
+from ternq.linear import ternary_layers
 from ternq.modeling_ternq import features
 from ternq.recipe import Recipe, display_name
 from ternq.ternary import TernaryWeight
@@ -103,7 +103,7 @@ def of_model(loaded: Loaded, base: Path) -> Source:
         group_size=first.group_size,
         shift=first.weight_shift is not None,
         dtype=loaded.dtype,
-        layer=lambda name: _of_layer(name, layers[name]),
+        layer=lambda name: _stored(name, layers[name].numbers()),
         tensor=lambda name: others[name].cpu(),
         reload=lambda: loaded.model,
         about=_recipe(loaded.path) if loaded.kind == "run" else {},
@@ -125,7 +125,8 @@ def open_run(folder: Path) -> Source:
     def layer(name: str) -> TernaryWeight:
         codes = ternary.quantize(tensors[f"{name}.weight"], scheme.group_size)
         shift = tensors[f"{name}.weight_shift"] if scheme.shift else None
-        return _stored(name, codes, tensors[f"{name}.weight_scale"], shift, scheme.group_size)
+        scale = tensors[f"{name}.weight_scale"]
+        return _stored(name, TernaryWeight(codes, scale, shift, scheme.group_size))
 
     return Source(
         name=display_name(run["recipe"]["model"]),
@@ -151,7 +152,7 @@ def open_artefact(folder: Path) -> Source:
         InputError, VerificationError: it is none, or damaged.
     """
     manifest = checkpoint.read_manifest(folder)
-    structure.check(folder, lambda: hf.skeleton(folder, hf.packed_config(folder)))
+    hf.check_structure(folder)
     config = hf.packed_config(folder)
     skeleton = hf.skeleton(folder)
     tensors = checkpoint.TensorFolder(folder)
@@ -206,29 +207,21 @@ def not_ternary(model: str) -> InputError:
     )
 
 
-def _of_layer(name: str, layer: TernaryLinear) -> TernaryWeight:
-    shift = None if layer.weight_shift is None else layer.weight_shift.cpu()
-    codes, scale = layer.codes().cpu(), layer.weight_scale.cpu()
-    return _stored(name, codes, scale, shift, layer.group_size)
-
-
-def _stored(
-    name: str, codes: Tensor, scale: Tensor, shift: Tensor | None, group_size: int
-) -> TernaryWeight:
+def _stored(name: str, trained: TernaryWeight) -> TernaryWeight:
     """The stored form of a trained layer.
 
     Raises:
         VerificationError: a value is beyond float16, or a row of varying weights becomes constant.
     """
     try:
-        weight = TernaryWeight(codes, scale, shift, group_size).canonical()
+        weight = trained.canonical()
     except ValueError as error:
         raise VerificationError(f"Layer {name} cannot be stored: {error}.") from error
     flat = constant_rows(weight)
     some = partial(torch.index_select, dim=0, index=flat.nonzero().flatten())
-    own = (some(codes), some(scale), None if shift is None else some(shift))
-    trained = ternary.dequantize(*own, group_size)
-    lost = int((trained.amax(1) != trained.amin(1)).sum()) if len(trained) else 0
+    shift = None if trained.shift is None else some(trained.shift)
+    rows = ternary.dequantize(some(trained.codes), some(trained.scale), shift, trained.group_size)
+    lost = int((rows.amax(1) != rows.amin(1)).sum()) if len(rows) else 0
     if lost:
         raise VerificationError(
             f"Layer {name}: float16 makes {lost} rows constant that vary in the trained model."

@@ -210,6 +210,24 @@ def test_verifying_looks_for_the_artefacts_own_groups_and_layers(tmp_path: Path)
     assert verify(tmp_path / "out", str(tmp_path / "dense"))["verify"]["ok"]
 
 
+def test_a_model_of_another_family_is_not_the_artefacts(tmp_path: Path) -> None:
+    for kind in ("llama", "gpt2"):
+        checkpoint_of(tmp_path / kind, kind)
+    pack(str(tmp_path / "llama"), tmp_path / "out", offline=True)
+    with pytest.raises(InputError, match="none of the artefact's ternary layers"):
+        verify(tmp_path / "out", str(tmp_path / "gpt2"))
+
+
+def test_bitnet_with_every_layer_left_out_is_not_ternary(tmp_path: Path) -> None:
+    bitnet(tmp_path / "bitnet", "autobitlinear", "online")
+    path = tmp_path / "bitnet" / "config.json"
+    config = checkpoint.read_json(path)
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "layers"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="not ternary"):
+        pack(str(tmp_path / "bitnet"), tmp_path / "out", offline=True)
+
+
 def test_what_a_strangers_manifest_says_is_checked(tmp_path: Path) -> None:
     checkpoint_of(tmp_path / "dense")
     said = {"recipe": {"x": 1}, "base_model": {"name": "a\n# b"}, "results": {"x": {}}}

@@ -17,12 +17,12 @@ from ternq.linear import (
     dense_weight,
     group_rule,
     packed_layers,
-    packed_linear,
     prepare,
     select,
     ternary_layers,
 )
 from ternq.modeling_ternq import PackedLinear
+from ternq.packing import pack_base3
 from ternq.recipe import Scheme
 
 SCHEMES = [
@@ -44,7 +44,18 @@ def dense(bias: bool = True) -> nn.Linear:
 
 
 def packed(layer: TernaryLinear) -> PackedLinear:
-    return packed_linear(layer.exported(), layer.bias)
+    weight = layer.numbers().canonical()
+    out_features, in_features = weight.codes.shape
+    new = PackedLinear(
+        in_features,
+        out_features,
+        bias=False,
+        group_size=weight.group_size,
+        shift=weight.shift is not None,
+    )
+    new.weight, new.bias = pack_base3(weight.codes), layer.bias
+    new.weight_scale, new.weight_shift = weight.scale, weight.shift
+    return new
 
 
 class Block(nn.Module):
@@ -128,7 +139,7 @@ def test_a_packed_layer_is_the_exported_one_to_the_bit(scheme: Scheme) -> None:
     with torch.no_grad():
         layer.weight_scale[::2] *= -1  # training may turn a scale; the stored form turns it back
     small = packed(layer)
-    weight = layer.exported()
+    weight = layer.numbers().canonical()
     assert ternary.TernaryWeight(*small.unpacked(), scheme.group_size).same(weight)
     assert torch.equal(small.dequantized(), weight.dequantized())
     x = gaussian(4, 10)
