@@ -447,7 +447,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 
 
 def codes(model: Any) -> dict[str, Tensor]:
-    return {n: m.codes() for n, m in ternary_layers(model).items()}
+    return {n: m.numbers().canonical().codes for n, m in ternary_layers(model).items()}
 
 
 @pytest.fixture(scope="module")
