@@ -1,7 +1,8 @@
 """The one boundary around all commands: results out, exceptions to a sentence and an exit status.
 
 `run` alone prints results and keeps stdout to one JSON object under ``--json``; `call` puts signal
-handlers and a progress display around a verb.
+handlers and a progress display around a verb. Reports in files are written also when a gate fails;
+the JUnit file also when the command does.
 """
 
 import contextlib
@@ -51,6 +52,8 @@ class Session:
     payload: Payload = field(default_factory=dict)
     finished: bool = False
     summary_md: Path | None = None
+    html: Path | None = None
+    junit: Path | None = None
     started: float = field(default_factory=time.monotonic)
 
 
@@ -73,6 +76,7 @@ def run(
     ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
     command = next((a for a in ours if a in commands), None)
     session = Session(arguments, json="--json" in ours, command=command)
+    session.junit = _named("--junit", ours)  # a command line that is refused is reported too
     error: TernqError | None = None
     try:
         with contextlib.redirect_stdout(sys.stderr) if session.json else contextlib.nullcontext():
@@ -85,9 +89,12 @@ def run(
             traceback.print_exc()
     try:
         _report(session)
-    except OSError as caught:
-        if error is None or isinstance(error, GateError):  # 4 goes before 5
-            error = _in_words(caught)
+    except (OSError, TernqError) as caught:
+        error = _worse(error, caught)
+    try:
+        _report_junit(session, error)
+    except (OSError, TernqError) as caught:
+        error = _worse(error, caught)
     if last:
         stop.ignore()
     return _end(session, error)
@@ -115,17 +122,51 @@ def _failed_gates(payload: Payload) -> list[str]:
 
 
 def _report(session: Session) -> None:
-    """Show what the verb returned: on stdout, or under ``--json`` on stderr; and as Markdown."""
+    """Show what the verb returned: in files, on stdout, or under ``--json`` on stderr."""
     if not session.finished:
         return
     from ternq import report
 
-    payload = {"command": session.command, **session.payload}
+    payload = _shown(session)
     if session.summary_md:
         with session.summary_md.open("a", encoding="utf-8") as file:
             file.write(report.markdown(payload))
+    if session.html:
+        from ternq.page import page, steps_of
+
+        write_whole(session.html, page(payload, steps_of(payload.get("out"))))
     if not session.quiet:
         report.show(payload, stderr=session.json)
+
+
+def _report_junit(session: Session, error: TernqError | None) -> None:
+    if session.junit and (session.finished or error):
+        from ternq.junit import junit
+
+        write_whole(session.junit, junit(_shown(session), error))
+
+
+def _shown(session: Session) -> Payload:
+    """The payload with what a report says of the command itself."""
+    seconds = round(time.monotonic() - session.started, 3)
+    known = {"command": session.command, "version": ternq.__version__}
+    return known | session.payload | {"duration_s": seconds}
+
+
+def _worse(error: TernqError | None, caught: BaseException) -> TernqError:
+    """The error that ends the command: a report that cannot be written (4) goes before a gate."""
+    return _in_words(caught) if error is None or isinstance(error, GateError) else error
+
+
+def _named(option: str, arguments: Sequence[str]) -> Path | None:
+    """The value of an option, read before the command line is understood."""
+    for place, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == option and equals:
+            return Path(value) if value else None
+        if word == option:
+            return Path(arguments[place + 1]) if place + 1 < len(arguments) else None
+    return None
 
 
 def _end(session: Session, error: TernqError | None) -> int:
@@ -223,13 +264,15 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
 
     flags = {key: given.pop(key) for key in ("json", "quiet", "verbose", "no_progress", "help_all")}
     session.command, session.quiet, session.verbose = name, flags["quiet"], flags["verbose"]
-    session.summary_md = given.pop("summary_md", None)
+    session.summary_md, session.html, session.junit = (
+        given.pop(key, None) for key in ("summary_md", "html", "junit")
+    )
     if given.get("model") == "":
         raise UsageMistake("MODEL is empty.", f"See ternq {name} --help.")
     if "out" in given and given["out"] is None and given["model"] and not given.get("verify"):
         given["out"] = default_out(given["model"], given.get("format"))
     session.payload = {key: given.get(key) for key in ("model", "out", "seed")}
-    _check_appendable(session.summary_md)
+    _check_writable(session)
     _set_environment(session.verbose, given.get("offline", False))
     stop.install()
     display = terminal.display(quiet=session.quiet, plain=flags["no_progress"])
@@ -252,11 +295,43 @@ def default_out(model: str, format: str | None = None) -> Path:
     return Path(f"{display_name(model)}-{kind}")
 
 
-def _check_appendable(path: Path | None) -> None:
-    """Fail before the work, not after it, where the report cannot be written."""
-    if path:
-        with path.open("a", encoding="utf-8"):
-            pass
+def _check_writable(session: Session) -> None:
+    """Fail before the work, not after it, where a report cannot be written."""
+    paths = list(filter(None, (session.summary_md, session.html, session.junit)))
+    if len({path.resolve() for path in paths}) < len(paths):
+        session.junit = None
+        raise UsageMistake("Two reports name the same file.", "Give each its own.")
+    for path in paths:
+        _make_folder(path)
+        if path.is_dir():
+            raise ResourceError(f"{path} is a folder.", "Name a file.")
+        if path == session.summary_md:
+            with path.open("a", encoding="utf-8"):
+                pass
+        elif _is_plain(path):
+            with tempfile.TemporaryFile(dir=path.resolve().parent):
+                pass
+
+
+def _make_folder(path: Path) -> None:
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text so that nobody ever sees half of it; a pipe or device is written to as it is."""
+    from ternq.files import renamed
+
+    _make_folder(path)
+    if not _is_plain(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    with renamed(path.resolve()) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() or not path.exists()
 
 
 def _set_environment(verbose: bool, offline: bool) -> None:

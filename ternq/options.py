@@ -241,6 +241,14 @@ def reports(
         Path | None,
         option("--summary-md", panel=OUTPUT, metavar="FILE", help="Append the report as Markdown."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        option("--html", panel=OUTPUT, metavar="FILE", help="Write the report as a web page."),
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        option("--junit", panel=OUTPUT, metavar="FILE", help="Write the gates as JUnit XML."),
+    ] = None,
 ) -> None:
     """Reports in files."""
 

@@ -6,20 +6,26 @@ imported when something is shown.
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from ternq.shown import Table, duration, names, number, size
+
+__all__ = [
+    "Table",
+    "duration",
+    "gap_closed",
+    "markdown",
+    "number",
+    "render",
+    "sentences",
+    "show",
+    "show_error",
+    "size",
+    "tables",
+]
 
 Payload = Mapping[str, Any]
 _SIZES = ("bits: linears", "embeddings", "file", "size")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, the names of the columns, and rows; every column but the first holds numbers."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def show(payload: Payload, *, stderr: bool = False) -> None:
@@ -67,7 +73,7 @@ def render(payload: Payload) -> Iterator[Any]:
 
 def markdown(payload: Payload) -> str:
     """The same report as Markdown, for a job summary or a file."""
-    lines = [f"## ternq {payload.get('command')}: {_escape(_names(payload.get('model')))}", ""]
+    lines = [f"## ternq {payload.get('command')}: {_escape(names(payload.get('model')))}", ""]
     for table in tables(payload):
         lines += [f"**{_escape(table.title)}**", "", _row(table.header)]
         lines += [_row(["---", *["---:"] * (len(table.header) - 1)])]
@@ -87,7 +93,7 @@ def tables(payload: Payload) -> Iterator[Table]:
         yield _quality(payload)
     elif "weights" in payload:
         weights = payload["weights"]
-        row = (_names(payload.get("model")), *_cells(weights, _size(payload)))
+        row = (names(payload.get("model")), *_cells(weights, _size(payload)))
         title = "Packed" if payload.get("out") else "Checked"
         yield Table(title, ("", *_SIZES), [row])
     if "results" in payload and "student" not in payload:
@@ -144,41 +150,23 @@ def gap_closed(payload: Payload) -> float | None:
     return (untrained - student) / (untrained - teacher) if untrained > teacher else None
 
 
-def number(value: Any) -> str:
-    """Four significant digits, thousands separated; a dash for nothing."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return "–" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as gates read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
-
-
 def _quality(payload: Payload) -> Table:
     weights = payload["weights"]
     packed = _cells(weights, _size(payload))
     dense = ("16", "16", "16", size(weights["bytes_dense_bf16"]))
     steps = (payload.get("training") or {}).get("steps")
-    names = {
+    rows_of = {
         "teacher": ("teacher (bf16)", dense),
         "untrained": ("only rounded", packed),
         "student": ("ternary, trained" if steps else "the same, packed", packed),
     }
     rows = [
         (label, number(payload[who]["perplexity"]), *cells)
-        for who, (label, cells) in names.items()
+        for who, (label, cells) in rows_of.items()
         if payload.get(who)
     ]
     header = ("", "perplexity", *_SIZES)
-    return Table(f"{_names(payload.get('model'))}: token perplexity on held-out text", header, rows)
+    return Table(f"{names(payload.get('model'))}: token perplexity on held-out text", header, rows)
 
 
 def _cells(weights: Payload, count: float) -> tuple[str, str, str, str]:
@@ -284,20 +272,6 @@ def _budget(training: Payload) -> str:
         return "nothing: this is the start of training alone"
     rate = f"{training['tokens_per_second']:,.0f} a second"
     return f"{training['tokens']:,} tokens in {training['steps']:,} steps, {rate}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 48 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def _names(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
 
 
 def _row(cells: Any) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ternq import packing, ternary
-from ternq.linear import TernaryLinear
-from ternq.modeling_ternq import Int8, PackedLinear
+from ternq.linear import Ternary, TernaryLinear, dense_weight
+from ternq.modeling_ternq import Int8, PackedLinear, is_linear
 
 
 @dataclass
@@ -90,6 +90,35 @@ def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> di
             bits = parameter.numel() * dtype.itemsize * 8
             tally.add_dense(parameter.numel(), bits, embedding=module in tables)
     return tally.summary()
+
+
+def layer_diagnostics(model: nn.Module, dense: nn.Module | None = None) -> list[dict[str, Any]]:
+    """Of every ternary layer, in the model's order: ``{name, zero_share, error}``.
+
+    ``zero_share`` is the share of codes that are zero; ``error`` the Frobenius norm of the
+    difference to the same-named layer of ``dense``, relative to that layer's, or None without one.
+    """
+    others = {} if dense is None else dict(dense.named_modules())
+    found: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear | PackedLinear):
+            codes = module.codes() if isinstance(module, TernaryLinear) else module.unpacked()[0]
+            zeros = codes.numel() - int(codes.count_nonzero())
+            error = relative_error(module, others.get(name))
+            found.append({"name": name, "zero_share": zeros / codes.numel(), "error": error})
+    return found
+
+
+def relative_error(layer: Ternary, dense: nn.Module | None) -> float | None:
+    """``||W_dense - W_ternary|| / ||W_dense||``; None where that is not defined."""
+    if not is_linear(dense):
+        return None
+    assert dense is not None
+    wanted = dense_weight(dense).float().cpu()
+    numbers = layer.numbers() if isinstance(layer, TernaryLinear) else layer
+    weight = numbers.dequantized().cpu()
+    norm = float(wanted.norm())
+    return float((wanted - weight).norm()) / norm if weight.shape == wanted.shape and norm else None
 
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
