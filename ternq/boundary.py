@@ -265,7 +265,7 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     flags = {key: given.pop(key) for key in ("json", "quiet", "verbose", "no_progress", "help_all")}
     session.command, session.quiet, session.verbose = name, flags["quiet"], flags["verbose"]
     session.summary_md, session.html, session.junit = (
-        given.pop(key, None) for key in ("summary_md", "html", "junit")
+        given.get(key) for key in ("summary_md", "html", "junit")
     )
     if given.get("model") == "":
         raise UsageMistake("MODEL is empty.", f"See ternq {name} --help.")

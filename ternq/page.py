@@ -1,16 +1,39 @@
-"""A result as one web page that needs nothing else: no script, and no file from elsewhere."""
+"""A result as one web page that needs nothing else: no script, and no file from elsewhere.
+
+This module decides what stands on the page, and the template how it is laid out. Names of models,
+prompts and generated text are anybody's: the template escapes all that is not `Markup`, and only
+the charts, built by an XML writer, are.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from ternq import panels, report, scores
+from ternq.shown import Table, duration, names, number, printable, size
+
 Payload = Mapping[str, Any]
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value of a model, its standard error, and how it differs from the baseline's."""
+
+    value: str
+    error: str = ""
+    change: str = ""
 
 
 def page(payload: Payload, steps: Sequence[Payload] = ()) -> str:
-    """The HTML."""
-    return "<!doctype html>"
+    """The HTML of a command's payload; ``steps`` are the values of its training, step by step."""
+    return _environment().get_template("page.html").render(**_contents(payload, steps))
 
 
 def steps_of(out: Any) -> list[dict[str, Any]]:
@@ -18,6 +41,227 @@ def steps_of(out: Any) -> list[dict[str, Any]]:
     if not out:
         return []
     folders = (Path(out).with_name(Path(out).name + ".report"), Path(out))
-    found = [folder / "metrics.jsonl" for folder in folders]
-    lines = next((p.read_text("utf-8").splitlines() for p in found if p.is_file()), [])
-    return [row for line in lines if isinstance(row := json.loads(line), dict)]
+    found = [folder / METRICS for folder in folders]
+    rows = next((p.read_text("utf-8").splitlines() for p in found if p.is_file()), [])
+    return list(filter(None, map(_row, rows)))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line's object; None for one that a killed run left half-written."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _environment() -> Environment:
+    folder = Path(__file__).with_name("templates")
+    return Environment(
+        loader=FileSystemLoader(folder, encoding="utf-8"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_final,
+    )
+
+
+def _final(value: Any) -> Any:
+    """What goes into the page: foreign text without characters that a page must not hold."""
+    if isinstance(value, Markup):
+        return value
+    return "" if value is None else printable(str(value))
+
+
+def _contents(payload: Payload, steps: Sequence[Payload]) -> dict[str, Any]:
+    """All that the template lays out; every text in it is escaped there."""
+    plan = "plan" in payload
+    return {
+        "command": f"ternq {payload.get('command') or ''}".strip(),
+        "subject": names(payload.get("model")) or "nothing",
+        "said": _said(payload),
+        "figures": [] if plan else list(_figures(payload)),
+        "verdict": _verdict(payload),
+        "gates": report.gates(payload["gates"]) if payload.get("gates") else None,
+        "first": _first(payload),
+        "models": [] if plan else _columns(payload),
+        "baseline": payload.get("baseline"),
+        "tasks": [] if plan else list(_tasks(payload)),
+        "tables": [] if plan else list(_more_tables(payload)),
+        "quality": panels.numbered(panels.quality(payload), "q"),
+        "training": panels.numbered(panels.training(steps), "t"),
+        "layers": list(panels.layers(payload)),
+        "texts": report.texts(payload),
+        "facts": list(report.facts(payload)),
+        "settings": list(_settings(payload)),
+        "recipe": payload.get("recipe") and json.dumps(payload["recipe"], indent=2, default=str),
+        "footer": list(_footer(payload)),
+    }
+
+
+# -- the head --------------------------------------------------------------------------------------
+
+
+def _said(payload: Payload) -> str:
+    """One sentence under the headline."""
+    if "plan" in payload:
+        return "What would be done; nothing was."
+    tasks = ", ".join(scores.by_task(payload))
+    if "student" in payload:
+        return f"Made ternary, trained back, and measured on {payload['student']['text']}."
+    if not tasks:
+        return ""
+    baseline = payload.get("baseline")
+    return f"Measured on {tasks}" + (f", against {baseline}." if baseline else ".")
+
+
+def _verdict(payload: Payload) -> dict[str, str] | None:
+    """What the gates say; None where the payload knows of none."""
+    gates = payload.get("gates")
+    if gates is None or "plan" in payload:
+        return None
+    failed = sum(not gate["passed"] for gate in gates)
+    if not gates:
+        return {"kind": "none", "text": "No gates were set"}
+    count = f"{len(gates)} gate" + ("s" if len(gates) > 1 else "")
+    if failed:
+        return {"kind": "failed", "text": f"{failed} of {count} failed"}
+    return {
+        "kind": "passed",
+        "text": f"{count} passed" if len(gates) == 1 else f"All {count} passed",
+    }
+
+
+def _figures(payload: Payload) -> Iterator[tuple[str, str, str]]:
+    """The few numbers that one wants first: (value, name, remark)."""
+    if teacher := payload.get("teacher"):
+        student = payload.get("student") or {}
+        remark = f"{number(teacher.get('perplexity'))} before, in 16 bits"
+        yield number(student.get("perplexity")), "token perplexity", remark
+    if closed := report.gap_closed(payload):
+        yield f"{closed:.1%}", "of the gap closed", "of the log perplexity that rounding loses"
+    if weights := payload.get("weights"):
+        if weights.get("bpw_linear") is not None:
+            everything = f"{weights['bpw_total']:.3f} over all weights"
+            yield f"{weights['bpw_linear']:.3f}", "bits per linear weight", everything
+        yield (
+            size(weights["bytes"]),
+            "of weights",
+            f"{size(weights['bytes_dense_bf16'])} in bfloat16",
+        )
+
+
+def _first(payload: Payload) -> Table | None:
+    """The table that belongs before all others: the three models of a training, or a plan."""
+    if "plan" in payload or "student" in payload:
+        return next(report.tables(payload))
+    return None
+
+
+# -- the comparison --------------------------------------------------------------------------------
+
+
+def _columns(payload: Payload) -> list[str]:
+    """The models, the baseline first."""
+    found = dict.fromkeys(m for having in scores.by_task(payload).values() for m in having)
+    return sorted(found, key=lambda model: model != payload.get("baseline"))
+
+
+def _tasks(payload: Payload) -> Iterator[dict[str, Any]]:
+    """Every task: how much was measured, and a row per metric with a cell per model."""
+    models, against = _columns(payload), scores.against(payload)
+    for task, having in scores.by_task(payload).items():
+        compared = {model: against.get(model, {}).get(task, {}) for model in models}
+        metrics = dict.fromkeys(m for values in having.values() for m in scores.metrics(values))
+        rows = [
+            (scores.words(metric), [_cell(having.get(m, {}), compared[m], metric) for m in models])
+            for metric in metrics
+        ]
+        rows += [
+            (name, [_hidden(compared[model], key) for model in models])
+            for key, name in _HIDDEN.items()
+            if any(key in values for values in compared.values())
+        ]
+        yield {"name": task, "extent": scores.extent(having), "rows": rows}
+
+
+_HIDDEN = {
+    "kl_divergence": "KL divergence",
+    "top1_agreement": "same top token",
+    "flips_lost": "answers lost",
+    "flips_won": "answers won",
+}
+
+
+def _cell(values: Payload, compared: Payload, metric: str) -> Cell:
+    difference, ratio = (compared.get(f"{metric}_{end}") for end in ("difference", "ratio"))
+    changes = [] if difference is None else [scores.signed(difference)]
+    changes += [] if ratio is None else [f"×\u2009{number(ratio)}"]
+    return Cell(number(values.get(metric)), _error(values, metric), ", ".join(changes))
+
+
+def _hidden(compared: Payload, key: str) -> Cell:
+    if compared.get(key) is None:
+        return Cell("")
+    if key != "kl_divergence":
+        return Cell(scores.share(compared[key]))
+    return Cell(number(compared[key]), _error(compared, key))
+
+
+def _error(values: Payload, metric: str) -> str:
+    error = values.get(f"{metric}_stderr")
+    return f"±\u2009{number(error)}" if isinstance(error, float) else ""
+
+
+def _more_tables(payload: Payload) -> Iterator[Table]:
+    wanted = ("Models", "Efficiency")
+    yield from (table for table in scores.tables(payload) if table.title in wanted)
+    if "student" not in payload and payload.get("weights"):
+        yield next(report.tables(payload))
+
+
+# -- what it was made with -------------------------------------------------------------------------
+
+
+def _settings(payload: Payload) -> Iterator[Table]:
+    """Tables of names and values: the recipe, the settings, the versions, the tasks."""
+    recipe = payload.get("recipe") or {}
+    for part in ("scheme", "training"):
+        if recipe.get(part):
+            rows = [(scores.words(k), _setting(v)) for k, v in recipe[part].items()]
+            yield Table(f"Recipe: {part}", ("", "value"), rows)
+    settings = payload.get("settings") or {}
+    plain = {k: v for k, v in settings.items() if k not in ("versions", "tasks")}
+    if plain:
+        rows = [(scores.words(k), _setting(v)) for k, v in plain.items()]
+        yield Table("Settings", ("", "value"), rows)
+    if settings.get("versions"):
+        yield Table(
+            "Versions", ("", "version"), [(k, str(v)) for k, v in settings["versions"].items()]
+        )
+    if tasks := settings.get("tasks"):
+        keys = dict.fromkeys(k for known in tasks.values() for k in known)
+        rows = [(t, *(_setting(known.get(k)) for k in keys)) for t, known in tasks.items()]
+        yield Table("Tasks", ("", *map(scores.words, keys)), rows)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == [] or value == ():
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_setting(v)}" for k, v in value.items())
+    return names(value) if isinstance(value, list | tuple | str) else str(value)
+
+
+def _footer(payload: Payload) -> Iterator[str]:
+    if payload.get("version"):
+        yield f"ternq {payload['version']}"
+    if payload.get("seed") is not None:
+        yield f"seed {payload['seed']}"
+    seconds = payload.get("duration_s") or payload.get("seconds")
+    if isinstance(seconds, int | float):
+        yield duration(seconds)
+    if payload.get("out"):
+        yield f"written to {payload['out']}"

@@ -6,14 +6,19 @@ imported when something is shown.
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite, log
+from statistics import median
 from typing import Any
 
-from ternq.shown import Table, duration, names, number, size
+from ternq import scores
+from ternq.shown import Table, duration, names, number, printable, size
 
 __all__ = [
     "Table",
     "duration",
+    "facts",
     "gap_closed",
+    "gates",
     "markdown",
     "number",
     "render",
@@ -22,6 +27,8 @@ __all__ = [
     "show_error",
     "size",
     "tables",
+    "texts",
+    "worst_layer",
 ]
 
 Payload = Mapping[str, Any]
@@ -56,18 +63,18 @@ def render(payload: Payload) -> Iterator[Any]:
     from rich.text import Text
 
     for table in tables(payload):
-        drawn = RichTable(title=table.title, box=box.SIMPLE_HEAD)
+        drawn = RichTable(title=Text(printable(table.title)), box=box.SIMPLE_HEAD)
         drawn.title_justify, drawn.title_style = "left", "bold"
         for place, name in enumerate(table.header):
-            drawn.add_column(name, justify="right" if place else "left", overflow="fold")
+            drawn.add_column(Text(name), justify="right" if place else "left", overflow="fold")
         for row in table.rows:
-            drawn.add_row(*map(Text, row))
+            drawn.add_row(*(Text(printable(cell)) for cell in row))
         yield drawn
     for label, text in sentences(payload):
         grid = RichTable.grid(padding=(0, 2))
         grid.add_column(width=12, style="dim")
         grid.add_column(overflow="fold")
-        grid.add_row(label, Text(text))
+        grid.add_row(Text(printable(label)), Text(printable(text)))
         yield Padding(grid, (0, 0, 0, 2))
 
 
@@ -80,7 +87,7 @@ def markdown(payload: Payload) -> str:
         lines += [*(_row(map(_escape, row)) for row in table.rows), ""]
     for label, text in sentences(payload):
         shown = " ".join(text.split())
-        lines.append(f"- {label}: {_escape(shown)}")
+        lines.append(f"- {_escape(label)}: {_escape(shown)}")
     return "\n".join(lines) + "\n\n"
 
 
@@ -97,21 +104,41 @@ def tables(payload: Payload) -> Iterator[Table]:
         title = "Packed" if payload.get("out") else "Checked"
         yield Table(title, ("", *_SIZES), [row])
     if "results" in payload and "student" not in payload:
-        yield from _results(payload)
+        yield from scores.tables(payload)
     if payload.get("gates"):
-        rows = [
-            (f"{g['name']} {g['task'] or ''}".strip(), number(g["value"]), number(g["limit"]),
-             "passed" if g["passed"] else "FAILED")
-            for g in payload["gates"]
-        ]  # fmt: skip
-        yield Table("Gates", ("gate", "value", "limit", ""), rows)
+        yield gates(payload["gates"])
+
+
+def gates(found: Sequence[Payload]) -> Table:
+    """Every gate; of which model, where there are several."""
+    several = len({gate.get("model") for gate in found}) > 1
+    rows = [
+        (
+            " ".join(filter(None, (g["name"], g["task"], f"[{g['model']}]" if several else ""))),
+            number(g["value"]),
+            number(g["limit"]),
+            "passed" if g["passed"] else "FAILED",
+        )
+        for g in found
+    ]
+    return Table("Gates", ("gate", "value", "limit", ""), rows)
 
 
 def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
     """(label, sentence) for what is not a number to compare."""
-    command = payload.get("command")
-    if command == "generate":
+    if payload.get("command") == "generate":
         return
+    yield from facts(payload)
+    for sample in texts(payload):
+        for who, text in sample["texts"].items():
+            yield who, sample["prompt"] + text
+    if payload.get("out") and "plan" not in payload:
+        yield "written to", str(payload["out"])
+        yield "next", _next(payload)
+
+
+def facts(payload: Payload) -> Iterator[tuple[str, str]]:
+    """What was trained, made and proved, and the notes."""
     if "plan" not in payload and payload.get("training"):
         yield "trained", _budget(payload["training"])
     if closed := gap_closed(payload):
@@ -121,28 +148,54 @@ def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
         ternary = f"{weights['coverage']:.1%} of the parameters"
         zeros = weights.get("zero_share")
         yield "ternary", ternary + (f"; {zeros:.1%} of their codes are zero" if zeros else "")
+    for model, layers in (payload.get("layers") or {}).items():
+        if said := worst_layer(layers):
+            yield "layers", f"{model}: {said}"
     if payload.get("encoding"):
         yield "encoding", str(payload["encoding"])
     if dense := payload.get("dense_layers"):
         yield "left dense", "\n".join(_dense(dense))
     if verify := payload.get("verify"):
         yield "verified", _verified(verify)
+    if payload.get("cached"):
+        yield "cached", _cached(payload["cached"])
     if payload.get("dtype_note"):
         yield "note", payload["dtype_note"]
-    for note in payload.get("notes", ()):
+    for note in payload.get("notes") or ():
         yield "note", note
-    for sample in payload.get("samples", ()):
-        for who in ("teacher", "student"):
-            yield who, sample["prompt"] + sample[who]
-    if payload.get("out") and "plan" not in payload:
-        yield "written to", str(payload["out"])
-        yield "next", _next(payload)
+
+
+def texts(payload: Payload) -> list[Payload]:
+    """Samples of text of either kind of payload: ``{prompt, texts: {WHO: text}}``."""
+    both = ("teacher", "student")
+    samples = [
+        {"prompt": sample["prompt"], "texts": {who: sample[who] for who in both}}
+        for sample in payload.get("samples") or ()
+    ]
+    return [*samples, *(payload.get("texts") or ())]
+
+
+def worst_layer(layers: Sequence[Payload]) -> str | None:
+    """The largest error of a layer to the dense weight; None where none is known."""
+    known = [x for x in layers if isinstance(x.get("error"), int | float) and isfinite(x["error"])]
+    if not known:
+        return None
+    worst = max(known, key=lambda layer: layer["error"])
+    middle = median(layer["error"] for layer in known)
+    return (
+        f"relative error to the dense weight {number(middle)} in the median, "
+        f"{number(worst['error'])} at most ({worst['name']})"
+    )
+
+
+def _cached(pairs: Sequence[Sequence[str]]) -> str:
+    models = dict.fromkeys(model for model, _ in pairs)
+    parts = [f"{m} on {', '.join(task for model, task in pairs if model == m)}" for m in models]
+    return f"{'; '.join(parts)}: taken from the results cache"
 
 
 def gap_closed(payload: Payload) -> float | None:
     """The share of (log untrained - log teacher) that training won back, where it is defined."""
-    from math import isfinite, log
-
     found = [payload.get(who, {}).get("perplexity") for who in ("teacher", "untrained", "student")]
     if not all(isinstance(p, int | float) and isfinite(p) and p > 0 for p in found):
         return None
@@ -179,37 +232,6 @@ def _cells(weights: Payload, count: float) -> tuple[str, str, str, str]:
 def _size(payload: Payload) -> int:
     files = payload.get("files")
     return sum(f["bytes"] for f in files) if files else payload["weights"]["bytes"]
-
-
-def _results(payload: Payload) -> Iterator[Table]:
-    """One table per task: a row per model, a column per metric."""
-    results = payload["results"]
-    tasks = dict.fromkeys(task for own in results.values() for task in own)
-    for task in tasks:
-        having = {model: own[task] for model, own in results.items() if task in own}
-        metrics = dict.fromkeys(
-            key
-            for values in having.values()
-            for key, value in values.items()
-            if isinstance(value, float) and not key.endswith("_stderr")
-        )
-        header = ("model", *(m.replace("_", " ") for m in metrics))
-        rows = [(model, *(_measured(v, m) for m in metrics)) for model, v in having.items()]
-        yield Table(f"{task} {_extent(having)}", header, rows)
-
-
-def _measured(values: Payload, metric: str) -> str:
-    error = values.get(f"{metric}_stderr")
-    shown = number(values.get(metric))
-    return f"{shown} ± {number(error)}" if isinstance(error, float) else shown
-
-
-def _extent(having: Mapping[str, Payload]) -> str:
-    first = next(iter(having.values()))
-    samples = f"{first['samples']:,} samples" if isinstance(first.get("samples"), int) else ""
-    partial = "PARTIAL" if any(v.get("partial") for v in having.values()) else ""
-    inside = ", ".join(filter(None, (samples, partial)))
-    return f"({inside})" if inside else ""
 
 
 def _dense(layers: Sequence[Payload]) -> Iterator[str]:
@@ -279,6 +301,7 @@ def _row(cells: Any) -> str:
 
 
 def _escape(text: str) -> str:
+    text = printable(text).replace("\n", " ")
     for mark in "\\|`*_<>[]":
         text = text.replace(mark, "\\" + mark)
     return text
