@@ -1,4 +1,4 @@
-"""Small plain charts as inline SVG: points, lines and bars on two axes, text in the page's colour.
+"""Small plain charts as inline SVG: points and lines on two axes, text in the page's colour.
 
 A value that is not finite, or not positive on a logarithmic axis, is left out and counted, so that
 the page can say so. Colours are the classes ``s0`` to ``s5``, which the page's style sheet defines.
@@ -13,7 +13,7 @@ from ternq.shown import number, printable
 
 WIDTH, HEIGHT = 340, 236
 _LEFT, _TOP, _BOTTOM = 46, 12, 42
-_LETTER, _LINE = 6.1, 14  # the room that a letter and a line of text take
+_LETTER, _LINE = 6.8, 14  # the room that a letter and a line of text take
 _COLOURS = 6
 _LONGEST = 24  # letters of a label
 
@@ -39,10 +39,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG element, and how many values it does not show."""
+    """An SVG element, how many values it does not show, and whether its y axis is logarithmic."""
 
     svg: str
     left_out: int = 0
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ def axis(values: Iterable[float], start: float, end: float, *, zero: bool = Fals
     return Axis(0.0 if zero and low >= 0 else low - margin, high + margin, start, end)
 
 
+def _tight(values: Sequence[float], start: float, end: float) -> Axis:
+    """An axis from the least value to the largest."""
+    low, high = min(values), max(values)
+    return Axis(low, high if high > low else low + 1, start, end)
+
+
 def scatter(
     points: Sequence[Point], title: str, x_title: str, y_title: str, ident: str, log_from: float = 4
 ) -> Chart | None:
@@ -104,8 +111,10 @@ def scatter(
         box = free_place(x.at(point.x), y.at(point.y), _short(point.label), taken)
         if box:
             taken.append(box)
-            _text(svg, box.x, box.y + 11, _short(point.label), "label")
-    return Chart(_markup(svg), len(points) - len(shown))
+            left_of = box.x + box.width < x.at(point.x)
+            at = box.x + box.width if left_of else box.x
+            _text(svg, at, box.y + 11, _short(point.label), "label end" if left_of else "label")
+    return Chart(_markup(svg), len(points) - len(shown), log)
 
 
 def lines(
@@ -122,9 +131,8 @@ def lines(
     drawn = [curve for curve in drawn if curve.xs]
     left_out = sum(len(s.ys) for s in series) - sum(len(s.ys) for s in drawn)
     several = len(drawn) > 1
-    room = max(len(_short(s.label)) for s in drawn) * _LETTER + 10 if several else 12
-    x = axis((v for s in drawn for v in s.xs), _LEFT, WIDTH - room)
-    x = Axis(min(v for s in drawn for v in s.xs), x.high, x.start, x.end)
+    room = max(len(_short(s.label)) for s in drawn) * _LETTER + 14 if several else 12
+    x = _tight([v for s in drawn for v in s.xs], _LEFT, WIDTH - room)
     y = axis((v for s in drawn for v in s.ys), HEIGHT - _BOTTOM, _TOP, log=log)
     said = "; ".join(
         f"{s.label}: {number(s.ys[0])} at first, {number(s.ys[-1])} at last" for s in drawn
@@ -136,37 +144,35 @@ def lines(
     heights = spread([y.at(s.ys[-1]) + 4 for s in drawn], _LINE - 2, _TOP + 6, HEIGHT - _BOTTOM)
     for place, (curve, height) in enumerate(zip(drawn, heights, strict=True)):
         if several:
-            _text(svg, WIDTH - room + 6, height, _short(curve.label), f"label t{place % _COLOURS}")
-    return Chart(_markup(svg), left_out)
+            style = f"lead s{place % _COLOURS}"
+            _add(svg, "line", style, x1=x.at(curve.xs[-1]), y1=y.at(curve.ys[-1]),
+                 x2=WIDTH - room + 9, y2=height - 4)  # fmt: skip
+            _text(svg, WIDTH - room + 12, height, _short(curve.label), "label")
+    return Chart(_markup(svg), left_out, log)
 
 
-def bars(
+def strip(
     values: Sequence[float | None],
     names: Sequence[str],
     title: str,
     ident: str,
     groups: Sequence[str],
 ) -> Chart | None:
-    """One bar per layer, in order; ``groups`` names the block of each, which a line begins."""
-    shown = [v for v in values if v is not None and math.isfinite(v)]
+    """One dot per layer, in order; ``groups`` names the block of each, which a line begins."""
+    shown = {i: v for i, v in enumerate(values) if v is not None and math.isfinite(v)}
     if not shown:
         return None
-    width = WIDTH - 12 - _LEFT
-    step = width / len(values)
     x = Axis(0, len(values), _LEFT, WIDTH - 12)
-    y = Axis(0.0, max(shown) * 1.12 or 1.0, HEIGHT - _BOTTOM, _TOP)
-    most = max(shown)
-    said = f"From {number(min(shown))} to {number(most)}, {names[list(values).index(most)]}"
-    svg = _canvas(title, f"{title}, of {len(values)} layers in their order. {said}.", ident)
+    y = axis(shown.values(), HEIGHT - _BOTTOM, _TOP)
+    most, least = max(shown, key=lambda i: shown[i]), min(shown, key=lambda i: shown[i])
+    said = " to ".join(f"{number(shown[i])} in {names[i]}" for i in (least, most))
+    svg = _canvas(title, f"{title}, of {len(values)} layers in their order: {said}.", ident)
     _frame(svg, x, y, "decoder block", x_ticks=False)
     _starts(svg, groups, x)
-    for place, (name, value) in enumerate(zip(names, values, strict=True)):
-        if value is None or not math.isfinite(value):
-            continue
-        top = y.at(max(value, 0.0))
-        settings = {"x": x.at(place) + step * 0.12, "y": top, "width": step * 0.76}
-        bar = _add(svg, "rect", "s0", **settings, height=max(0.0, y.start - top))
-        ET.SubElement(bar, "title").text = printable(f"{name}: {number(value)}")
+    radius = min(3.2, max(1.2, 0.45 * (x.end - x.start) / len(values)))
+    for place, value in shown.items():
+        dot = _add(svg, "circle", "dot s0", cx=x.at(place + 0.5), cy=y.at(value), r=radius)
+        ET.SubElement(dot, "title").text = printable(f"{names[place]}: {number(value)}")
     return Chart(_markup(svg), len(values) - len(shown))
 
 
@@ -301,16 +307,16 @@ def _markup(svg: ET.Element) -> str:
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
-    rough = (high - low) / 4
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(n for n in (1, 2, 5, 10) if n * power >= rough * 0.999)
+    step = power * next(n for n in (1, 2, 2.5, 5, 10) if n * power >= rough * 0.999)
     first, last = math.ceil(low / step), math.floor(high / step)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5)):
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         found = [d * 10.0**p for p in powers for d in digits if low <= d * 10.0**p <= high]
         if len(found) > 2:
             return found[:: math.ceil(len(found) / 6)]

@@ -78,7 +78,7 @@ def _contents(payload: Payload, steps: Sequence[Payload]) -> dict[str, Any]:
     plan = "plan" in payload
     return {
         "command": f"ternq {payload.get('command') or ''}".strip(),
-        "subject": names(payload.get("model")) or "nothing",
+        "subject": _subject(payload),
         "said": _said(payload),
         "figures": [] if plan else list(_figures(payload)),
         "verdict": _verdict(payload),
@@ -92,8 +92,9 @@ def _contents(payload: Payload, steps: Sequence[Payload]) -> dict[str, Any]:
         "training": panels.numbered(panels.training(steps), "t"),
         "layers": list(panels.layers(payload)),
         "texts": report.texts(payload),
-        "facts": list(report.facts(payload)),
+        "facts": [(name, text) for name, text in report.facts(payload) if name != "layers"],
         "settings": list(_settings(payload)),
+        "made": (payload.get("made") or {}).get("command"),
         "recipe": payload.get("recipe") and json.dumps(payload["recipe"], indent=2, default=str),
         "footer": list(_footer(payload)),
     }
@@ -102,17 +103,25 @@ def _contents(payload: Payload, steps: Sequence[Payload]) -> dict[str, Any]:
 # -- the head --------------------------------------------------------------------------------------
 
 
+def _subject(payload: Payload) -> str:
+    model = payload.get("model")
+    several = isinstance(model, list | tuple) and len(model) > 1
+    return f"{len(model)} models" if several and model else names(model) or "no model"
+
+
 def _said(payload: Payload) -> str:
     """One sentence under the headline."""
     if "plan" in payload:
         return "What would be done; nothing was."
-    tasks = ", ".join(scores.by_task(payload))
     if "student" in payload:
         return f"Made ternary, trained back, and measured on {payload['student']['text']}."
+    tasks = ", ".join(scores.by_task(payload))
     if not tasks:
         return ""
+    several = isinstance(payload.get("model"), list | tuple)
+    who = f"{names(payload['model'])}: measured" if several else "Measured"
     baseline = payload.get("baseline")
-    return f"Measured on {tasks}" + (f", against {baseline}." if baseline else ".")
+    return f"{who} on {tasks}" + (f", against {baseline}." if baseline else ".")
 
 
 def _verdict(payload: Payload) -> dict[str, str] | None:
@@ -126,10 +135,8 @@ def _verdict(payload: Payload) -> dict[str, str] | None:
     count = f"{len(gates)} gate" + ("s" if len(gates) > 1 else "")
     if failed:
         return {"kind": "failed", "text": f"{failed} of {count} failed"}
-    return {
-        "kind": "passed",
-        "text": f"{count} passed" if len(gates) == 1 else f"All {count} passed",
-    }
+    every = {1: "The gate", 2: "Both gates"}.get(len(gates), f"All {count}")
+    return {"kind": "passed", "text": f"{every} passed"}
 
 
 def _figures(payload: Payload) -> Iterator[tuple[str, str, str]]:
@@ -235,10 +242,8 @@ def _settings(payload: Payload) -> Iterator[Table]:
     if plain:
         rows = [(scores.words(k), _setting(v)) for k, v in plain.items()]
         yield Table("Settings", ("", "value"), rows)
-    if settings.get("versions"):
-        yield Table(
-            "Versions", ("", "version"), [(k, str(v)) for k, v in settings["versions"].items()]
-        )
+    if versions := settings.get("versions") or (payload.get("made") or {}).get("versions"):
+        yield Table("Versions", ("", "version"), [(k, str(v)) for k, v in versions.items()])
     if tasks := settings.get("tasks"):
         keys = dict.fromkeys(k for known in tasks.values() for k in known)
         rows = [(t, *(_setting(known.get(k)) for k in keys)) for t, known in tasks.items()]

@@ -1,24 +1,25 @@
 """The charts of a result: quality against size, a training's curves, the layers in order."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from ternq import report, scores
-from ternq.chart import Chart, Point, Series, bars, lines, scatter
+from ternq.chart import Chart, Point, Series, lines, scatter, strip
 from ternq.shown import names, number
 
 Payload = Mapping[str, Any]
 
 _MOST_PLACES = 300  # of a curve
 _DENSE_BITS = 16.0
+_RATE = "Learning rate"
 _PANELS = {
     "Loss": {"loss": "loss"},
     "Parts of the loss": {"kl": "KL", "ce": "CE", "off": "OFF"},
-    "Learning rate": {"lr": "rate"},
+    _RATE: {"lr": "rate"},
     "Gradient norm": {"gradient_norm": "norm"},
     "Codes that are zero": {"zero_share": "share"},
     "Codes that one step changes": {"flip_share": "share"},
@@ -56,17 +57,21 @@ def numbered(found: Iterator[tuple[str, Any]], prefix: str) -> list[Panel]:
 def _panel(title: str, chart: Chart) -> Panel:
     """The markup is an XML writer's: it has escaped what is not ours."""
     count = chart.left_out
-    verb = "value is" if count == 1 else "values are"
-    note = f"{count:,} {verb} not finite, or not above zero, and left out." if count else ""
+    missing = "missing, not finite or not above zero" if chart.log else "missing or not finite"
+    what = f"{count:,} value that is" if count == 1 else f"{count:,} values that are"
+    note = f"Left out: {what} {missing}." if count else ""
     return Panel(title, Markup(chart.svg), note)
 
 
 def quality(payload: Payload) -> Iterator[tuple[str, Any]]:
     """Perplexity and accuracy against bits per weight, a chart per task and metric."""
     bits = _bits(payload)
+    tokens = any(
+        "token_perplexity" in v for h in _with_untrained(payload).values() for v in h.values()
+    )
     for task, having in _with_untrained(payload).items():
         metrics = dict.fromkeys(m for values in having.values() for m in scores.metrics(values))
-        for metric in filter(_is_drawn, metrics):
+        for metric in _drawn(metrics, tokens):
             points = [
                 Point(model, bits.get(model, math.nan), values[metric],
                       values.get(f"{metric}_stderr"))
@@ -82,8 +87,14 @@ def _scatter(points: Sequence[Point], title: str, y_title: str) -> Any:
     return lambda ident: scatter(points, title, "bits per weight, all weights", y_title, ident)
 
 
-def _is_drawn(metric: str) -> bool:
-    return metric.endswith("perplexity") and metric != "byte_perplexity" or metric in _SHARES
+def _drawn(metrics: Iterable[str], tokens: bool) -> list[str]:
+    """One perplexity of a text and one accuracy of a task: the tables have all of them.
+
+    ``tokens``: token perplexities are known, and the words' are not set beside them.
+    """
+    found = list(metrics)
+    perplexity = "token_perplexity" if tokens else "word_perplexity"
+    return [m for m in found if m == perplexity] + [m for m in _SHARES if m in found][:1]
 
 
 _SHARES = ("acc", "acc_norm", "exact_match")
@@ -136,7 +147,8 @@ def _few(columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _lines(curves: Sequence[Series], title: str) -> Any:
-    return lambda ident: lines(curves, title, "step", ident)
+    log_from = math.inf if title == _RATE else 30
+    return lambda ident: lines(curves, title, "step", ident, log_from)
 
 
 def _is_number(value: Any) -> bool:
@@ -165,7 +177,7 @@ def layers(payload: Payload) -> Iterator[Layers]:
         panels = [
             _panel(title, chart)
             for key, title in kinds.items()
-            if (chart := bars([layer.get(key) for layer in own], labels, title,
+            if (chart := strip([layer.get(key) for layer in own], labels, title,
                               f"l{place}{key[0]}", blocks))
         ]  # fmt: skip
         rows = [(str(x["name"]), number(x.get("error")), scores.share(x.get("zero_share")))

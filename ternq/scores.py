@@ -123,7 +123,7 @@ def _models(models: Mapping[str, Payload]) -> Table:
         )
         for name, known in models.items()
     ]
-    return Table("Models", ("", "kind", "parameters", "bits: linears", "all", "size"), rows)
+    return Table("Models", ("", "kind", "parameters", "bits: linears", "bits: all", "size"), rows)
 
 
 def _bits(value: Any) -> str:

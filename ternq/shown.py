@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# what XML 1.0 forbids, and DEL with the C1 controls, which it only discourages
-_CONTROLS = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# what XML 1.0 forbids; DEL and the C1 controls; and what turns the order of the letters after it
+_CONTROLS = re.compile(
+    "[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]"
+)
 
 
 @dataclass(frozen=True)
@@ -52,5 +54,5 @@ def names(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD for every character that XML or a web page must not hold."""
+    """The text with U+FFFD for what XML must not hold, or what misleads a screen."""
     return _CONTROLS.sub("\ufffd", text)

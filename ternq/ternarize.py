@@ -13,11 +13,15 @@ import torch
 from ternq import checkpoint, distill, hf, runs
 from ternq.errors import RecipeError
 from ternq.evaluate import Limit, evaluate, load_jobs
+from ternq.files import renamed
 from ternq.pack import pack
+from ternq.page import page, steps_of
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import DEMO, Recipe
+from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.train import METRICS
+from ternq.weights import layer_diagnostics
 
 PROMPTS = {
     DEMO: ("def read_config(path):\n", 'class Stack:\n    """'),
@@ -103,10 +107,12 @@ def ternarize(
     )
     notes = {"notes": [*trained["notes"], *packed["notes"]]}
     reloaded = hf.load(str(out), dtype=torch.float32, device=device)
-    report = trained | packed | notes
+    report = trained | packed | notes | ({"made": made} if made else {})
     report |= {"samples": samples(model, prepared.teacher, reloaded)}
+    report |= {"layers": {str(out): layer_diagnostics(reloaded.model, prepared.teacher.model)}}
     checkpoint.write_json(run / REPORT, report)
     keep_reports(run, out)
+    write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
     runs.remove(run)
     return report
 
@@ -125,6 +131,15 @@ def keep_reports(run: Path, out: Path) -> None:
     for name in (REPORT, METRICS):
         if (run / name).is_file():
             (run / name).replace(folder / name)
+
+
+def write_pages(out: Path, payload: dict[str, Any]) -> None:
+    """Write what people read beside the records: ``report.md`` and ``report.html``."""
+    folder = out.with_name(out.name + ".report")
+    texts = {"report.md": markdown(payload), "report.html": page(payload, steps_of(out))}
+    for name, text in texts.items():
+        with renamed(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _made(out: Path, asked: dict[str, Any]) -> bool:
