@@ -300,7 +300,7 @@ def evaluate(
         options.option(
             "--tasks",
             metavar="NAME,...",
-            help="wikitext, c4, any lm-eval task, a text file; NAME:METRIC.",
+            help="wikitext, c4, ptb, lm-eval's, a suite, a text file; NAME:METRIC.",
         ),
     ] = "wikitext",
     limit: options.Documents = None,
@@ -314,6 +314,15 @@ def evaluate(
             "--batch-size", metavar="N", show_default="what memory allows", help="Texts at once."
         ),
     ] = None,
+    max_length: Annotated[
+        int | None,
+        options.option(
+            "--max-length", metavar="N", min=2, show_default="2048", help="Tokens of a window."
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, options.option("--apply-chat-template", help="Ask as in a chat.")
+    ] = False,
     data_dir: options.DataDir = None,
     baseline: Annotated[
         str | None,
@@ -321,6 +330,9 @@ def evaluate(
             "--baseline", metavar="MODEL", help="To compare with; or a .json of its results."
         ),
     ] = None,
+    no_cache: Annotated[
+        bool, options.option("--no-cache", help="Measure anew what was measured before.")
+    ] = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -331,24 +343,30 @@ def evaluate(
     """Measure models: perplexities and lm-eval tasks."""
     gates = _gates(settings)
     models = model or [_newest()]
-    stored = _stored_results(baseline) if baseline and baseline.endswith(".json") else None
-    also = [baseline] if baseline and stored is None and baseline not in models else []
+    from ternq.places import refuse_offline
+
+    refuse_offline(_names(tasks), data_dir, settings["offline"])  # before anything is imported
+    from ternq.cache import default_folder
     from ternq.evaluate import evaluate as verb
 
     result = verb(
-        [*models, *also],
+        models,
         tasks=_names(tasks),
+        baseline=baseline,
         limit=_limit(limit),
         num_fewshot=num_fewshot,
+        max_length=max_length,
         batch_size=batch_size,
+        chat=apply_chat_template,
         data_dir=data_dir,
         seed=seed or 0,
         dtype=_dtype(dtype),
+        cache=None if no_cache else default_folder(),
+        samples=settings["html"] is not None,
         progress=progress,
         **_world(device, settings),
     )
-    reference = stored or (result["results"][baseline] if baseline else None)
-    judged = [row for name in models for row in _judged(gates, name, result, reference)]
+    judged = [row for name in models for row in _judged(gates, name, result)]
     shown = models[0] if len(models) == 1 else models
     return {"seed": seed or 0, **result, "model": shown, "gates": judged}
 
@@ -475,17 +493,6 @@ def _newest() -> str:
     return os.path.relpath(found)
 
 
-def _stored_results(file: str) -> Payload:
-    """The results of the first model in a file that ``ternq eval --json`` printed."""
-    from ternq.files import read_json
-
-    results = read_json(Path(file)).get("results")
-    first = next(iter(results.values()), None) if isinstance(results, dict) else None
-    if not isinstance(first, dict):
-        raise InputError(f"{file} holds no results of ternq eval --json.")
-    return first
-
-
 def _gates(settings: Payload) -> list[Any]:
     """The gates of the ``--fail-if-`` options, checked before the work begins."""
     from ternq.gates import parse_gates
@@ -495,8 +502,9 @@ def _gates(settings: Payload) -> list[Any]:
     return parse_gates(**given)
 
 
-def _judged(gates: list[Any], name: str, result: Payload, baseline: Any) -> list[Payload]:
+def _judged(gates: list[Any], name: str, result: Payload) -> list[Payload]:
     """Every gate on one model of an evaluation; its size is that of the artefact's files."""
+    from ternq.compare import comparable
     from ternq.gates import check
     from ternq.publish import MANIFEST, read_manifest
 
@@ -505,7 +513,8 @@ def _judged(gates: list[Any], name: str, result: Payload, baseline: Any) -> list
     if gates and (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         weights = manifest.get("weights", {}) | {"bytes": _size(manifest["files"])}
-    rows = check(gates, result["results"][name], weights, baseline)
+    own, base = (result["results"].get(one, {}) for one in (name, result.get("baseline")))
+    rows = check(gates, own, weights, comparable(own, base))
     return [{**row, "model": name} for row in rows]
 
 

@@ -3,13 +3,21 @@
 The harness is given a live model. Three things of its own are replaced: the batch size comes from
 the memory that is free (its own search starts at 64 times the model's length), datasets may be
 looked for in a local folder in the hub's layout, and progress is reported instead of printed.
+
+A group is run task by task, so that each result can be kept as soon as it is there; lm-eval's own
+rule then makes the group's scores of them. Standard errors that lm-eval bootstraps (such as that of
+LAMBADA's perplexity) take 1,000 samples where its command takes 100,000, which is minutes.
 """
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import io
+import itertools
+import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,29 +29,56 @@ from torch import Tensor
 from ternq.errors import InputError, RecipeError
 from ternq.hf import Loaded
 from ternq.perplexity import rows_that_fit
-from ternq.progress import Event, Progress
+from ternq.progress import Event, Progress, ignore
 from ternq.text import cache_of, first_line
 
 _BOOTSTRAPS = 1000
+_PROBED = 8  # documents that are looked at to say how long a task takes
+_GENERATED = 256  # tokens that lm-eval generates where a task does not say
+_COUNTS = ("samples", "partial")
 
-Place = Callable[[str, str], str]
-"""From a task and its dataset to where the dataset is: a hub id or a folder."""
+Place = Callable[[str, Mapping[str, Any]], tuple[str, str]]
+"""From a task and its configuration to where its dataset is (a hub id or a folder), and a sentence
+that says what is wanted there."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task or group of lm-eval (a tag is several) with its data loaded."""
+    """A task, group or tag of lm-eval, its data loaded: ``leaves`` are the tasks it consists of."""
 
     name: str
-    parts: list[Any]
+    leaves: dict[str, Any]
+    groups: dict[str, Any]
     manager: Any
 
 
-def load_tasks(names: Sequence[str], place: Place) -> list[Task]:
+@dataclass(frozen=True)
+class Scores:
+    """A task's metrics; per document whether the answer was right ("0110"); what was measured."""
+
+    values: dict[str, Any]
+    answers: str | None
+    version: Any
+    num_fewshot: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are run: the longest window, documents of each task (None: all), and so on."""
+
+    length: int
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int | None = None
+    chat: bool = False
+    seed: int = 0
+
+
+def load_tasks(names: Sequence[str], place: Place, missing: list[InputError]) -> list[Task]:
     """Build lm-eval's tasks and groups by name, which reads their data from where ``place`` says.
 
-    Raises `RecipeError` for a name lm-eval does not know or a task that ternq does not run, and
-    `InputError` for data that is missing or has another shape.
+    What is wrong with data is added to ``missing``, so that it can be said of all tasks at once.
+    Raises `RecipeError` for a name lm-eval does not know or a task that ternq does not run.
     """
     if not names:
         return []
@@ -52,41 +87,138 @@ def load_tasks(names: Sequence[str], place: Place) -> list[Task]:
         for name in names:
             _check_name(name, manager.all_tasks)
         manager._factory = _factory(place)
-        return [Task(name, _build(name, manager), manager) for name in names]
+        found = []
+        for name in names:
+            try:
+                found.append(_build(name, manager))
+            except InputError as error:
+                missing.append(error)
+    return found
+
+
+def text_task(name: str, documents: Sequence[str]) -> Task:
+    """lm-eval's rolling perplexities of any text: a task whose documents are given."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    rows = datasets.Dataset.from_dict({"text": list(documents)})
+    metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": lambda document: document["text"],
+        "metric_list": [{"metric": metric} for metric in metrics],
+        "metadata": {"version": 1},
+    }
+    with _quiet():
+        leaf = ConfigurableTask(config=config)
+        return Task(name, {name: leaf}, {}, TaskManager(include_defaults=False))
 
 
 def run(
-    task: Task,
-    loaded: Loaded,
-    length: int,
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int | None,
-    seed: int,
-    progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    """lm-eval's scores ``{NAME: {metric: value, metric_stderr: value, samples, partial}}``.
+    task: Task, leaf: str, loaded: Loaded, settings: Settings, progress: Progress = ignore
+) -> Scores:
+    """lm-eval's scores of one of the tasks that ``task`` consists of.
 
-    Names are those of the task, or of the group and its members. ``length`` is the longest window,
-    ``limit`` the number of documents of each task (None: all).
+    The values are ``{metric: value, metric_stderr: value, samples, partial}``. Where the model gave
+    likelihoods that are not finite, every metric is NaN: an accuracy would look like chance.
     """
     import lm_eval
 
+    count = n_documents(task.leaves[leaf], settings.limit)
     with _quiet():
+        adapter = _adapter(loaded, settings, leaf, count, progress)
         out = lm_eval.simple_evaluate(
-            model=_adapter(loaded, length, batch_size, task.name, progress),
-            tasks=task.parts,
+            model=adapter,
+            tasks=[task.leaves[leaf]],
             task_manager=task.manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            apply_chat_template=settings.chat,
             bootstrap_iters=_BOOTSTRAPS,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            log_samples=True,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
         )
-    return {name: _scores(name, out) for name in out["results"] if _metrics(out["results"][name])}
+    name = task.leaves[leaf].task_name
+    values = _metrics(out["results"][name])
+    if adapter.not_finite:
+        said = f"{leaf}: '{loaded.name}' gives likelihoods that are not finite"
+        progress(Event(leaf, said, level="warning"))
+        values = dict.fromkeys(values, math.nan)
+    whole = out["n-samples"][name]["original"]
+    values |= {"samples": count, "partial": count < whole}
+    answers = None if adapter.not_finite else _answers(out["samples"][name])
+    return Scores(values, answers, out["versions"].get(name), out["n-shot"].get(name) or 0)
+
+
+def aggregate(task: Task, values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The scores of a task's groups, by lm-eval's own rule, of those of its leaves."""
+    leaves = {
+        name: {_key(metric): value for metric, value in own.items() if metric not in _COUNTS}
+        | {"sample_len": own["samples"]}
+        for name, own in values.items()
+    }
+    found: dict[str, dict[str, Any]] = {}
+    with _quiet():
+        for name, group in task.groups.items():
+            members = [values[leaf.task_name] for leaf in group.get_all_tasks()]
+            scores = _metrics(group.aggregate(leaves))
+            if scores:
+                samples = sum(own["samples"] for own in members)
+                partial = any(own["partial"] for own in members)
+                found[name] = scores | {"samples": samples, "partial": partial}
+    return found
+
+
+def n_documents(leaf: Any, limit: int | None) -> int:
+    """Documents that a task is measured on."""
+    whole = len(leaf.eval_docs)
+    return whole if limit is None else min(limit, whole)
+
+
+def digest(leaf: Any, limit: int | None) -> str:
+    """What a task asks: a hash of its documents, so that other data is not taken for the same."""
+    found = hashlib.blake2b(digest_size=16)
+    for document in itertools.islice(leaf.eval_docs, n_documents(leaf, limit)):
+        text = json.dumps(document, sort_keys=True, default=str, ensure_ascii=False)
+        found.update(text.encode("utf-8", errors="surrogatepass"))
+    return found.hexdigest()
+
+
+def expected_tokens(leaf: Any, tokenizer: Any, settings: Settings) -> int:
+    """Roughly how many tokens a task takes: those of its first documents, times their number.
+
+    Of generated text the longest is counted, so it takes at most that.
+    """
+    with _quiet():
+        shots = leaf.get_config("num_fewshot")
+        if shots is None or (settings.num_fewshot is not None and shots != 0):
+            leaf.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+        leaf.set_fewshot_seed(seed=settings.seed)
+        count = n_documents(leaf, settings.limit)
+        leaf.build_all_requests(limit=min(count, _PROBED))
+    tokens = sum(_request_tokens(request, tokenizer, settings) for request in leaf.instances)
+    return tokens * count // max(1, min(count, _PROBED))
+
+
+def generates(leaf: Any) -> bool:
+    """Whether a task has the model write text."""
+    return bool(leaf.OUTPUT_TYPE == "generate_until")
+
+
+def _request_tokens(request: Any, tokenizer: Any, settings: Settings) -> int:
+    text = "".join(part for part in request.args if isinstance(part, str))
+    own = len(tokenizer(text, verbose=False)["input_ids"])
+    if request.request_type == "generate_until":
+        return min(own, settings.length) + int(request.args[1].get("max_gen_toks", _GENERATED))
+    return own if "rolling" in request.request_type else min(own, settings.length)
 
 
 def _manager(names: Sequence[str]) -> Any:
@@ -120,10 +252,12 @@ def _factory(place: Place) -> Any:
     from lm_eval.tasks._factory import TaskFactory
 
     class Factory(TaskFactory):  # type: ignore[misc, unused-ignore]
+        wanted: str | None = None
+
         def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:
             config: dict[str, Any] = super()._load_full_config(entry, overrides)
             if config.get("dataset_path"):
-                where = place(entry.name, config["dataset_path"])
+                where, self.wanted = place(entry.name, config)
                 config["dataset_path"] = where
                 if (cache := cache_of(where)) is not None:
                     kwargs = config.get("dataset_kwargs") or {}
@@ -133,16 +267,23 @@ def _factory(place: Place) -> Any:
     return Factory()
 
 
-def _build(name: str, manager: Any) -> list[Any]:
+def _build(name: str, manager: Any) -> Task:
     """The task or group, its data loaded; what cannot be run is refused."""
     from datasets.exceptions import DatasetGenerationError
     from jinja2 import UndefinedError
 
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError, KeyError, UndefinedError, DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise InputError(
-            f"The data of task '{name}' cannot be loaded: {first_line(error)}"
+            f"The data of task '{name}' cannot be loaded: {first_line(error)}",
+            manager._factory.wanted,
+        ) from error
+    except (KeyError, UndefinedError) as error:
+        raise InputError(
+            f"The data of task '{name}' has other splits or columns than the task reads: "
+            f"{first_line(error)}.",
+            manager._factory.wanted,
         ) from error
     except ImportError as error:
         raise InputError(f"Task '{name}' needs a package: {first_line(error)}") from error
@@ -151,27 +292,12 @@ def _build(name: str, manager: Any) -> list[Any]:
         if unsafe or getattr(task, "MULTIMODAL", False):
             why = "runs code that the model writes" if unsafe else "is not of text alone"
             raise RecipeError(f"Task '{name}' {why}; ternq does not run it.")
-    inner = {child for members in loaded["group_map"].values() for child in members}
-    parts = loaded["groups"] | loaded["tasks"]
-    return [part for key, part in parts.items() if key not in inner]
+    return Task(name, dict(loaded["tasks"]), dict(loaded["groups"]), manager)
 
 
-def _scores(name: str, out: Mapping[str, Any]) -> dict[str, Any]:
-    counts = out["n-samples"]
-    members = _members(name, out.get("group_subtasks", {}))
-    seen = sum(counts[member]["effective"] for member in members if member in counts)
-    whole = sum(counts[member]["original"] for member in members if member in counts)
-    return _metrics(out["results"][name]) | {"samples": seen, "partial": seen < whole}
-
-
-def _members(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    children = groups.get(name) or ()
-    return [leaf for child in children for leaf in _members(child, groups)] or [name]
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     """``acc,none`` -> ``acc``, ``exact_match,strict`` -> ``exact_match@strict``; numbers only."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for key, value in values.items():
         metric, comma, strained = key.partition(",")
         if comma and isinstance(value, int | float):
@@ -179,13 +305,30 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
+def _key(metric: str) -> str:
+    """lm-eval's name of one of `_metrics`."""
+    name, _, strained = metric.partition("@")
+    return f"{name},{strained or 'none'}"
+
+
+def _answers(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """Per document "1" where the answer was right, else "0"; None where that cannot be said."""
+    for metric in ("acc", "exact_match"):
+        having = [sample for sample in samples if metric in sample]
+        first = [sample for sample in having if sample["filter"] == having[0]["filter"]]
+        found = [float(sample[metric]) for sample in sorted(first, key=lambda s: s["doc_id"])]
+        if found and set(found) <= {0.0, 1.0}:
+            return "".join(str(int(value)) for value in found)
+    return None
+
+
 def _adapter(
-    loaded: Loaded, length: int, batch_size: int | None, stage: str, progress: Progress
+    loaded: Loaded, settings: Settings, stage: str, documents: int, progress: Progress
 ) -> Any:
     """lm-eval's view of a live model, which reports progress and chooses its batch size."""
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = loaded.tokenizer
+    tokenizer, length = loaded.tokenizer, settings.length
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         raise InputError(
             f"The tokenizer of '{loaded.name}' has no token for the beginning or end of text, "
@@ -195,15 +338,25 @@ def _adapter(
 
     class Adapter(HFLM):  # type: ignore[misc, unused-ignore]
         done = total = 0
+        not_finite = False
 
         def _expect(self, total: int, longest: int) -> None:
             self.done, self.total = 0, total
-            self.batch_size_per_gpu = batch_size or rows_that_fit(loaded.model, longest)
+            rows = settings.batch_size or rows_that_fit(loaded.model, longest)
+            self.batch_size_per_gpu = rows
+
+        def _advance(self, requests: int) -> None:
+            """Progress in documents, of which each may be several requests."""
+            self.done = min(self.done + requests, self.total)
+            seen = documents * self.done // self.total
+            progress(Event(stage, done=seen, total=documents))
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             sizes = [len(self.tok_encode(request.args[0])) for request in requests]
             self._expect(sum(-(-size // length) or 1 for size in sizes), length)
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            found = super().loglikelihood_rolling(requests, disable_tqdm=True)
+            self.not_finite |= not all(map(math.isfinite, found))
+            return found
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
@@ -217,16 +370,22 @@ def _adapter(
                     )
                 longest = max(len(context) + len(rest) for _, context, rest in requests)
                 self._expect(len(requests), min(longest, length))
-            return super()._loglikelihood_tokens(requests, True, override_bs)
+            found = super()._loglikelihood_tokens(requests, True, override_bs)
+            self.not_finite |= not all(math.isfinite(value) for value, _ in found)
+            return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             self._expect(len(requests), length)
             return super().generate_until(requests, disable_tqdm=True)
 
+        def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
+            written = super()._model_generate(context, *args, **kwargs)
+            self._advance(len(context))
+            return written
+
         def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)
-            self.done = min(self.done + len(inps), self.total)
-            progress(Event(stage, done=self.done, total=self.total))
+            self._advance(len(inps))
             return logits
 
     return Adapter(pretrained=loaded.model, tokenizer=tokenizer, batch_size=1, max_length=length)
@@ -236,7 +395,7 @@ def _adapter(
 def _quiet() -> Iterator[None]:
     """Keep lm-eval's logs, prints and progress bars off the terminal: ternq has its own.
 
-    No processes are forked beside torch's threads, and git is not asked for a commit.
+    No processes are forked beside torch's threads, and neither git nor pip is asked what is here.
     """
     import datasets
     from tqdm import tqdm
@@ -253,6 +412,7 @@ def _quiet() -> Iterator[None]:
         for module in ("api.task", "api.model", "models.huggingface"):
             stack.enter_context(_swapped(f"lm_eval.{module}", "tqdm", silent))
         stack.enter_context(_swapped("lm_eval.evaluator", "get_git_commit_hash", lambda: None))
+        stack.enter_context(_swapped("lm_eval.evaluator", "add_env_info", lambda results: None))
         stack.enter_context(_environment("DISABLE_MULTIPROC", "1"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield

@@ -12,22 +12,18 @@ import torch
 
 from ternq import checkpoint, distill, hf, runs
 from ternq.errors import RecipeError
-from ternq.evaluate import Limit, evaluate, load_jobs
+from ternq.evaluate import Limit, evaluate
 from ternq.files import renamed
 from ternq.pack import pack
 from ternq.page import page, steps_of
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import DEMO, Recipe
+from ternq.recipe import Recipe
 from ternq.report import markdown
 from ternq.runs import REPORT
+from ternq.samples import PROMPTS, continued
+from ternq.tasks import load_jobs
 from ternq.train import METRICS
 from ternq.weights import layer_diagnostics
-
-PROMPTS = {
-    DEMO: ("def read_config(path):\n", 'class Stack:\n    """'),
-    "": ("The capital of France", "Once upon a time"),
-}
-SAMPLE_TOKENS = 40
 
 
 def ternarize(
@@ -179,18 +175,3 @@ def samples(model: str, teacher: hf.Loaded, student: hf.Loaded) -> list[dict[str
         {"prompt": p, "teacher": continued(teacher, p), "student": continued(student, p)}
         for p in prompts
     ]
-
-
-@torch.no_grad()
-def continued(loaded: hf.Loaded, prompt: str) -> str:
-    """The likeliest text after a prompt."""
-    loaded.model.eval()
-    ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.model.device)
-    new = loaded.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=SAMPLE_TOKENS,
-        do_sample=False,
-        pad_token_id=loaded.tokenizer.eos_token_id,
-    )
-    return str(loaded.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))

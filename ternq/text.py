@@ -56,15 +56,25 @@ def read_documents(
 
 def whole_text(spec: str) -> str:
     """All text of a local file or folder, in order; documents are joined by a blank line."""
+    return whole_documents(spec)[0]
+
+
+def whole_documents(spec: str) -> tuple[str, list[str]]:
+    """All text of a local file or folder, in order; and its documents.
+
+    The passages of a text file are its documents, and make up its text as they are; documents of
+    other files, and files, are joined by a blank line.
+    """
     path = Path(spec).expanduser()
     if not path.exists():
         raise InputError(f"There is no file or folder '{spec}'.", "Local text was to be read.")
     files = _files(path) if path.is_dir() else [path]
-    parts = (("" if _kind(file) == ".txt" else "\n\n").join(_file(file, None)) for file in files)
-    text = "\n\n".join(parts)
+    parts = [list(_file(file, None)) for file in files]
+    joints = ["" if _kind(file) == ".txt" else "\n\n" for file in files]
+    text = "\n\n".join(joint.join(part) for joint, part in zip(joints, parts, strict=True))
     if not text.strip():
         raise InputError(f"'{spec}' holds no text.")
-    return text
+    return text, [document for part in parts for document in part if document.strip()]
 
 
 def open_source(spec: str, offline: bool = False, progress: Progress = ignore) -> Source:

@@ -35,6 +35,12 @@ class Demo:
         return done
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Results of these tests are kept with them, not in the user's cache."""
+    os.environ["TERNQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """``demo-ternary``, two steps trained by ``examples/python_api.py``; and a text beside it."""

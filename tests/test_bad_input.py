@@ -19,7 +19,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ternq import checkpoint, cli, corpus, files, hf, train
-from ternq import ternarize as verbs
 from ternq.writer import write_tensors
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--group-size", "16"]
@@ -31,7 +30,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
-    monkeypatch.setattr(verbs, "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("ternq.samples.TOKENS", 2)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

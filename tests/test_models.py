@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ternq  # noqa: F401  registers the quantizer
 from ternq import corpus, hf
-from ternq import ternarize as verbs
 from ternq.errors import InputError
 from ternq.linear import packed_layers
 from ternq.pack import verify
@@ -29,7 +28,7 @@ IDS = torch.arange(40).view(2, 20) * 5 % checkpoints.VOCABULARY
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less text for perplexities and samples."""
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
-    monkeypatch.setattr(verbs, "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("ternq.samples.TOKENS", 2)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ternq.ternarize import ternarize
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """`ternarize` of one tiny model into ``out``."""
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
-    monkeypatch.setattr(verbs, "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("ternq.samples.TOKENS", 2)
     source = checkpoints.folder(tmp_path / "model", "llama")
     text = checkpoints.text_file(tmp_path / "text.jsonl")
     recipe = checkpoints.recipe(source, text)

@@ -1,0 +1,142 @@
+"""Where the data of tasks is: on the hub, in its cache, or in a folder that stands for the hub.
+
+What can be said without importing anything heavy is said at once.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ternq.errors import InputError
+from ternq.suites import EFFICIENCY, expand
+from ternq.text import is_offline, load_split, looks_local
+
+# what the token perplexity of a task is taken of, as lm-eval's own configurations say such things;
+# PTB as GPTQ's published code has it since its authors' updated results (`get_ptb_new`)
+TEXTS: dict[str, dict[str, Any]] = {
+    "wikitext": {
+        "dataset_path": "Salesforce/wikitext",
+        "dataset_name": "wikitext-2-raw-v1",
+        "test_split": "test",
+    },
+    "c4": {
+        "dataset_path": "allenai/c4",
+        "dataset_name": "en",
+        "validation_split": "validation",
+        "dataset_kwargs": {
+            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+        },
+    },
+    "ptb": {
+        "dataset_path": "ptb-text-only/ptb_text_only",
+        "dataset_name": "penn_treebank",
+        "test_split": "test",
+    },
+}
+_COLUMNS = {"ptb": "sentence"}
+_BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
+_SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+
+
+def is_text(name: str) -> bool:
+    """Whether a task is a local text, not the name of something."""
+    if name in TEXTS:
+        return False
+    return looks_local(name) or Path(name).expanduser().is_file()
+
+
+def refuse_offline(
+    tasks: Sequence[str], data_dir: str | Path | None = None, offline: bool = False
+) -> None:
+    """`InputError` where a task's data can only be on the hub, and the hub is out of reach."""
+    names = [name.partition(":")[0] for name in expand(tuple(tasks)) if not is_text(name)]
+    names = [name for name in names if name != EFFICIENCY]
+    if data_dir is not None or not names or not is_offline(offline):
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"  # where no network was found, nothing is to wait for it
+    for name in names:
+        kept = any(_cache().glob("*___*"))
+        if not kept or (name in TEXTS and not _cached(TEXTS[name]["dataset_path"])):
+            raise _offline(name)
+
+
+class Finder:
+    """Where datasets are: on the hub, in its library's cache, or in a folder that stands for it."""
+
+    def __init__(self, data_dir: str | Path | None, offline: bool) -> None:
+        if data_dir is not None and not Path(data_dir).is_dir():
+            raise InputError(
+                f"There is no folder '{data_dir}'.", "--data-dir names a folder of data."
+            )
+        self._root = None if data_dir is None else Path(data_dir).expanduser().resolve()
+        self._offline = self._root is None and is_offline(offline)
+
+    def place(self, task: str, config: Mapping[str, Any]) -> tuple[str, str]:
+        """The hub id or folder of a task's dataset, and a sentence saying what is wanted there."""
+        dataset = config["dataset_path"]
+        if dataset in _BUILDERS or Path(dataset).is_dir():
+            return dataset, f"'{task}' names its own files."
+        if self._root is None:
+            if self._offline and not _cached(dataset):
+                raise _offline(task)
+            return dataset, f"The dataset '{dataset}' is on the hub."
+        folder = self._root / dataset
+        wanted = _wanted(folder, config)
+        if not folder.resolve().is_relative_to(self._root) or not folder.is_dir():
+            raise InputError(
+                f"Task '{task}' needs the dataset '{dataset}', which --data-dir does not hold.",
+                wanted,
+            )
+        return str(folder), wanted
+
+    def read(self, task: str) -> list[str]:
+        """The documents of one of `TEXTS`."""
+        config = TEXTS[task]
+        where, wanted = self.place(task, config)
+        split = config.get("test_split") or config["validation_split"]
+        files = config.get("dataset_kwargs", {}).get("data_files")
+        try:
+            rows = load_split(where, config["dataset_name"], split, files=files)
+        except InputError as error:
+            raise InputError(error.message, wanted) from error
+        column = _COLUMNS.get(task, "text")
+        if column not in rows.column_names:
+            has = ", ".join(rows.column_names)
+            raise InputError(f"The data of task '{task}' has no column '{column}' but {has}.")
+        return list(rows[column])
+
+
+def _wanted(folder: Path, config: Mapping[str, Any]) -> str:
+    """What a dataset's folder has to hold, down to a file."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, Mapping):
+        paths = " and ".join(f"'{folder / str(file)}'" for file in files.values())
+        return f"Wanted, as on the hub: {paths}."
+    name = config.get("dataset_name") or "default"
+    splits = dict.fromkeys(config[key] for key in _SPLITS if config.get(key))
+    first = next(iter(splits), "test")
+    of = f"splits {', '.join(map(str, splits))}" if splits else "the splits"
+    return (
+        f"Wanted, as on the hub: '{folder}', whose README.md names the configuration '{name}' with "
+        f"{of}, and their files, such as '{folder / str(name) / str(first)}.parquet'."
+    )
+
+
+def _offline(task: str) -> InputError:
+    return InputError(
+        f"The data of task '{task}' is on the hub, and ternq is offline.",
+        "Name a folder in the hub's layout with --data-dir, or a local text file.",
+    )
+
+
+def _cache() -> Path:
+    """Where `datasets` keeps what it has read from the hub, without importing it."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / (
+        "huggingface"
+    )
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(home) / "datasets").expanduser()
+
+
+def _cached(dataset: str) -> bool:
+    return (_cache() / dataset.replace("/", "___")).is_dir()

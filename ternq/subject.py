@@ -1,0 +1,100 @@
+"""A model that is measured: loaded when it has to be, known by a hash of its content."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ternq import hf
+from ternq.files import sha256
+from ternq.hf import Loaded
+from ternq.progress import Progress, ignore
+from ternq.publish import MANIFEST, read_manifest
+from ternq.weights import weights_summary
+
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where models are computed, and how they may be had."""
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Subject:
+    """A model, loaded when something has to be measured of it; and what was found."""
+
+    model: str | Loaded
+    world: World
+    progress: Progress = ignore
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As the results name it."""
+        return self.model if isinstance(self.model, str) else self.model.name
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The live model."""
+        if isinstance(self.model, str):
+            return hf.load(self.model, **vars(self.world), progress=self.progress)
+        return self.model
+
+    def release(self) -> None:
+        """Let go of the live model."""
+        self.__dict__.pop("loaded", None)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the model's content: of its files, or of what was loaded where those change."""
+        files = _files(self.model) if isinstance(self.model, str) else []
+        if not files:
+            return _live(self.loaded)
+        found = hashlib.sha256()
+        for file in files:
+            found.update(f"{file.name}\0{sha256(file)}\0".encode())
+        return found.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """What it weighs: ``{kind, parameters, bytes, bpw_linear, bpw_total}``, as it is stored."""
+        loaded = self.loaded
+        path = loaded.path
+        if path is not None and (path / MANIFEST).is_file():
+            return {"kind": loaded.kind} | dict(read_manifest(path)["weights"])
+        if loaded.kind != "dense":
+            return {"kind": loaded.kind} | weights_summary(loaded.model, loaded.dtype)
+        count = loaded.model.num_parameters()
+        own = {"kind": loaded.kind, "parameters": count}
+        if path is not None and path.is_file():  # a GGUF file: embeddings may have other bits
+            size = path.stat().st_size
+            return own | {"bytes": size, "bpw_linear": None, "bpw_total": 8 * size / count}
+        bits = 8 * loaded.dtype.itemsize
+        return own | {"bytes": count * bits // 8, "bpw_linear": bits, "bpw_total": bits}
+
+
+def _files(model: str) -> list[Path]:
+    """The files that a local model consists of; none for a run, which changes, and on the hub."""
+    path = hf.local_path(model)
+    if path is None or (path / hf.RUN_FILE).is_file():
+        return []
+    if path.is_file():
+        return [path]
+    return sorted(file for kind in _FILES for file in path.glob(kind))
+
+
+def _live(loaded: Loaded) -> str:
+    """A hash of parameters, configuration and tokenizer."""
+    core = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    words = core.to_str() if core is not None else str(sorted(loaded.tokenizer.get_vocab()))
+    parts = (hf.fingerprint(loaded.model), loaded.model.config.to_json_string(), words)
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
