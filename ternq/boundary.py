@@ -309,7 +309,8 @@ def _check_writable(session: Session) -> None:
             with path.open("a", encoding="utf-8"):
                 pass
         elif _is_plain(path):
-            with tempfile.TemporaryFile(dir=path.resolve().parent):
+            whole = path.resolve()
+            with tempfile.NamedTemporaryFile(dir=whole.parent, prefix=f".{whole.name}."):
                 pass
 
 

@@ -57,6 +57,56 @@ EVALUATED = {
 }
 
 
+COMPARED: dict[str, Any] = {
+    "command": "eval",
+    "model": ["demo-ternary"],
+    "baseline": "demo",
+    "models": {
+        "demo": {"kind": "dense", "parameters": 3_967_744, "bytes": 7_935_488,
+                 "bpw_linear": None, "bpw_total": 16.0},
+    },
+    "results": {
+        "demo": {
+            "c4": {"token_perplexity": 10.0, "word_perplexity": 80.0, "samples": 1000,
+                   "blocks": 256, "partial": True},
+            "arc_challenge": {"acc": 0.75, "acc_stderr": 0.0125, "samples": 1172,
+                              "partial": False},
+        },
+        "demo-ternary": {
+            "c4": {"token_perplexity": 12.5, "word_perplexity": 100.0, "samples": 1000,
+                   "blocks": 256, "partial": True},
+            "arc_challenge": {"acc": 0.5, "acc_stderr": 0.025, "samples": 1172,
+                              "partial": False},
+            "efficiency": {"load_seconds": 0.5, "file_bytes": 2_010_000,
+                           "resident_bytes": 300_000_000, "parameter_bytes": 1_858_048,
+                           "prefill_tokens_per_second": 18_000.4,
+                           "decode_tokens_per_second": 212.34, "samples": 1,
+                           "partial": False},
+        },
+    },
+    "comparison": {
+        "demo-ternary": {
+            "c4": {"token_perplexity_difference": 2.5, "token_perplexity_ratio": 1.25,
+                   "word_perplexity_difference": 20.0, "word_perplexity_ratio": 1.25,
+                   "kl_divergence": 0.25, "kl_divergence_stderr": 0.003, "kl_tokens": 4096,
+                   "top1_agreement": 0.8125},
+            "arc_challenge": {"acc_difference": -0.25, "flips_lost": 0.3, "flips_won": 0.05},
+        }
+    },
+    "cached": [["demo", "c4"], ["demo", "arc_challenge"]],
+    "texts": [{"prompt": "Once", "texts": {"demo": " upon", "demo-ternary": " \x1b[2Jupon"}}],
+    "layers": {
+        "demo-ternary": [
+            {"name": "a", "zero_share": 0.4, "error": 0.5},
+            {"name": "b", "zero_share": 0.4, "error": 0.625},
+            {"name": "c", "zero_share": 0.4, "error": 0.25},
+            {"name": "d", "zero_share": 0.4, "error": None},
+        ]
+    },
+    "notes": ["A note."],
+}  # fmt: skip
+
+
 def shown(payload: dict[str, Any], width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     for part in report.render(payload):
@@ -111,6 +161,72 @@ def test_eval_has_a_table_per_task_and_marks_partial_results() -> None:
     assert piqa.rows == [("a", "0.5 ± 0.011")]
     assert wikitext.rows == [("a", "29.25"), ("b", "nan")]
     assert wikitext.header == ("model", "token perplexity")
+
+
+def test_against_the_baseline_a_row_per_metric_then_what_averages_hide() -> None:
+    found = {table.title: table for table in report.tables(COMPARED)}
+    against = found["Against demo: demo-ternary"]
+    assert against.header == ("", "value", "baseline", "difference", "ratio")
+    assert against.rows == [
+        ("c4@gptq256 token perplexity", "12.5", "10", "+2.5", "1.25"),
+        ("c4 word perplexity", "100", "80", "+20", "1.25"),
+        ("arc_challenge acc", "0.5", "0.75", "−0.25", "–"),
+    ]
+    assert found["Against demo: demo-ternary, beyond averages"].rows == [
+        ("c4@gptq256", "0.25 ± 0.003", "81.25%", "–", "–"),
+        ("arc_challenge", "–", "–", "30.00%", "5.00%"),
+    ]
+
+
+def test_efficiency_has_a_table_of_its_own_with_sizes() -> None:
+    found = {table.title: table for table in report.tables(COMPARED)}
+    assert not any(title.startswith("efficiency") for title in found)
+    assert found["Efficiency"].rows == [
+        ("demo-ternary", "0.5", "2.01 MB", "300 MB", "1.86 MB", "18,000", "212.3")
+    ]
+    assert "joules" not in " ".join(found["Efficiency"].header)
+    costs = COMPARED["results"]["demo-ternary"]["efficiency"] | {"energy_joules_per_token": 0.5}
+    [table] = report.tables({"results": {"m": {"efficiency": costs}}})
+    assert table.header[-1] == "joules a token" and table.rows[0][-1] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("counts", "names"),
+    [
+        ({"samples": 1000, "blocks": 256, "partial": True}, ["c4@gptq256", "c4"]),
+        ({"samples": 256, "partial": False}, ["c4@gptq256", "c4"]),
+        ({"samples": 256, "blocks": 8, "partial": True}, ["c4"]),
+        ({"samples": 8, "partial": True}, ["c4"]),
+    ],
+)
+def test_gptq_s_sample_of_c4_has_its_name(counts: dict[str, Any], names: list[str]) -> None:
+    values = {"token_perplexity": 9.0, "word_perplexity": 80.0, **counts}
+    found = [table.title.split()[0] for table in report.tables({"results": {"m": {"c4": values}}})]
+    assert found == names
+
+
+def test_what_was_cached_and_the_worst_layer_are_a_sentence_each() -> None:
+    said = dict(report.sentences(COMPARED))
+    assert said["cached"] == "demo on c4, arc_challenge: taken from the results cache"
+    assert said["layers"] == (
+        "demo-ternary: relative error to the dense weight 0.5 in the median, 0.625 at most (b)"
+    )
+    assert said["note"] == "A note."
+
+
+def test_a_comparison_fits_80_columns_and_leaves_the_terminal_alone() -> None:
+    text = shown(COMPARED)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text and "Once \ufffd[2Jupon" in text
+    assert "answers lost" in text
+    assert "\x1b" not in report.markdown(COMPARED)
+
+
+def test_gates_of_several_models_name_theirs() -> None:
+    gate = {"name": "fail-if-ppl-above", "task": "c4", "value": 2.0, "limit": 3.0, "passed": True}
+    both = [{**gate, "model": model} for model in "ab"]
+    assert [row[0][-4:] for row in report.gates(both).rows] == [" [a]", " [b]"]
+    assert report.gates(both[:1]).rows[0][0] == "fail-if-ppl-above c4"
 
 
 def test_markdown_has_the_same_tables_with_marks_escaped() -> None:
