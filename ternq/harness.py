@@ -11,6 +11,7 @@ LAMBADA's perplexity) take 1,000 samples where its command takes 100,000, which 
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -235,6 +236,14 @@ def _manager(names: Sequence[str]) -> Any:
         entries = [few.task_index.get(name) for name in names]
         if all(entry is not None and entry.kind is Kind.TASK for entry in entries):
             return few
+    return _index()
+
+
+@functools.cache
+def _index() -> Any:
+    """lm-eval's index of all tasks, which takes seconds."""
+    from lm_eval import tasks
+
     return tasks.TaskManager()
 
 

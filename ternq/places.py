@@ -110,16 +110,14 @@ class Finder:
 def _wanted(folder: Path, config: Mapping[str, Any]) -> str:
     """What a dataset's folder has to hold, down to a file."""
     files = (config.get("dataset_kwargs") or {}).get("data_files")
-    if isinstance(files, Mapping):
-        paths = " and ".join(f"'{folder / str(file)}'" for file in files.values())
-        return f"Wanted, as on the hub: {paths}."
     name = config.get("dataset_name") or "default"
-    splits = dict.fromkeys(config[key] for key in _SPLITS if config.get(key))
-    first = next(iter(splits), "test")
-    of = f"splits {', '.join(map(str, splits))}" if splits else "the splits"
+    splits = [str(config[key]) for key in _SPLITS if config.get(key)] or ["test"]
+    splits = list(dict.fromkeys(splits))
+    paths = list(files.values()) if isinstance(files, Mapping) else [f"{name}/{splits[0]}.parquet"]
+    such = " and ".join(f"'{folder / str(path)}'" for path in paths)
     return (
-        f"Wanted, as on the hub: '{folder}', whose README.md names the configuration '{name}' with "
-        f"{of}, and their files, such as '{folder / str(name) / str(first)}.parquet'."
+        f"Wanted, as on the hub: '{folder / 'README.md'}' with the configuration '{name}' "
+        f"(splits: {', '.join(splits)}), and its files, such as {such}."
     )
 
 

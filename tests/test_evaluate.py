@@ -1,6 +1,9 @@
 """Perplexities against closed forms and brute force; lm-eval against lm-eval itself."""
 
+import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from ternq import harness
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
-from ternq.perplexity import token_perplexity
+from ternq.perplexity import divergence, token_perplexity
 from ternq.progress import Event
-from ternq.tasks import gptq_sample
+from ternq.suites import SUITES, Suite
+from ternq.tasks import gptq_sample, load_jobs
 
+evaluation = sys.modules["ternq.evaluate"]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mirror"
 
 
@@ -286,3 +292,400 @@ def test_real_sets() -> None:
         assert values["samples"] == 2
         assert all(math.isfinite(v) for v in values.values())
     assert any("not C4's validation shard" in str(event.message) for event in said)
+
+
+# -- groups, suites, texts -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wmdp(data_dir: Path) -> Path:
+    """The data of a group of three tasks, of several sizes."""
+    configs: dict[str, tiny.Splits] = {}
+    for size, name in ((5, "bio"), (9, "chem"), (14, "cyber")):
+        rows = [
+            {"question": tiny.text(6, i), "choices": [tiny.text(2, i + c) for c in range(4)],
+             "answer": i % 4}
+            for i in range(size)
+        ]  # fmt: skip
+        configs[f"wmdp-{name}"] = {"test": (f"{name}/test.jsonl", rows)}
+    tiny.hub_configs(data_dir / "cais" / "wmdp", configs)
+    return data_dir
+
+
+def test_a_group_run_task_by_task_has_lm_evals_scores(wmdp: Path, tmp_path: Path) -> None:
+    """Oracle: lm-eval on the whole group at once."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model = tiny.loaded()
+    (group,) = [job.task for job in load_jobs(["wmdp"], wmdp)]
+    assert group is not None
+    out = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=64),
+        tasks=list(group.groups.values()),
+        task_manager=group.manager,
+        bootstrap_iters=1000,
+    )
+    found = evaluate([model], tasks=["wmdp"], data_dir=wmdp, batch_size=1)["results"]["tiny"]
+    assert set(found) == {"wmdp", "wmdp_bio", "wmdp_chem", "wmdp_cyber"} == set(out["results"])
+    for name, values in out["results"].items():
+        assert found[name]["acc"] == values["acc,none"]
+        assert found[name]["acc_stderr"] == values["acc_stderr,none"]
+    assert (found["wmdp"]["samples"], found["wmdp"]["partial"]) == (28, False)
+    part = evaluate([model], tasks=["wmdp"], data_dir=wmdp, limit=6)["results"]["tiny"]
+    assert {name: own["samples"] for name, own in part.items()} == {
+        "wmdp": 17, "wmdp_bio": 5, "wmdp_chem": 6, "wmdp_cyber": 6
+    }  # fmt: skip
+    assert {name for name, own in part.items() if own["partial"]} == set(found) - {"wmdp_bio"}
+
+
+def test_a_suite_is_its_tasks_and_their_mean(wmdp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite(("piqa", "wmdp_bio", "wmdp_chem"), ("wmdp_bio", "piqa"), "more is not there")
+    monkeypatch.setitem(SUITES, "mine", suite)
+    said: list[Event] = []
+    found = evaluate([tiny.loaded()], tasks=["piqa", "mine"], data_dir=wmdp, progress=said.append)
+    own = found["results"]["tiny"]
+    assert list(own) == ["piqa", "wmdp_bio", "wmdp_chem", "mine"]
+    assert own["mine"]["acc"] == (own["piqa"]["acc"] + own["wmdp_bio"]["acc"]) / 2
+    errors = (own["piqa"]["acc_stderr"], own["wmdp_bio"]["acc_stderr"])
+    assert own["mine"]["acc_stderr"] == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 2)
+    assert own["mine"]["samples"] == 25
+    assert said[0].message == "mine: more is not there."
+
+
+def test_the_tasks_of_suites_are_lm_evals() -> None:
+    from lm_eval.tasks import TaskManager
+
+    known = {*TaskManager().all_tasks, "ptb", "efficiency"}
+    for suite in SUITES.values():
+        assert set(suite.tasks) <= known
+        assert set(suite.averaged) <= set(suite.tasks)
+    assert not set(SUITES) & known
+
+
+def test_metrics_of_one_task_asked_for_apart_are_taken_together(data_dir: Path) -> None:
+    tasks = ["wikitext:word_perplexity", "wikitext:token_perplexity"]
+    own = evaluate([tiny.loaded()], tasks=tasks, data_dir=data_dir)["results"]["tiny"]["wikitext"]
+    assert {"word_perplexity", "token_perplexity"} < set(own)
+    assert "bits_per_byte" not in own
+
+
+def test_a_local_text_has_lm_evals_perplexities_too(tmp_path: Path) -> None:
+    """Oracle: lm-eval's own log likelihoods of the documents, added up here."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    documents = [tiny.text(60, i) for i in range(4)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(f'{{"text": "{d}"}}\n' for d in documents))
+    model = tiny.loaded()
+    adapter = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1, max_length=64)
+    requests = [Instance("loglikelihood_rolling", {}, (d,), 0) for d in documents]
+    total = -sum(adapter.loglikelihood_rolling(requests, disable_tqdm=True))
+    (own,) = evaluate([model], tasks=[str(path)], batch_size=1)["results"]["tiny"].values()
+    words, letters = sum(len(d.split()) for d in documents), sum(map(len, documents))
+    assert own["word_perplexity"] == pytest.approx(math.exp(total / words))
+    assert own["byte_perplexity"] == pytest.approx(math.exp(total / letters))
+    assert own["bits_per_byte"] == pytest.approx(total / letters / math.log(2))
+
+
+def test_ptb_is_read_as_gptq_reads_it(tmp_path: Path) -> None:
+    rows = [{"sentence": tiny.text(30, i)} for i in range(8)]
+    folder = tmp_path / "ptb-text-only" / "ptb_text_only"
+    tiny.hub_dataset(folder, {"test": ("t.jsonl", rows)}, "penn_treebank")
+    model = tiny.loaded()
+    text = " ".join(str(row["sentence"]) for row in rows)
+    ids = torch.tensor(model.tokenizer(text)["input_ids"])
+    (own,) = evaluate([model], tasks=["ptb"], data_dir=tmp_path)["results"]["tiny"].values()
+    assert own["token_perplexity"] == token_perplexity(model.model, ids, 64)["token_perplexity"]
+    assert own["word_perplexity"] > 1
+    broken = [{"text": "no sentence"}]
+    tiny.hub_dataset(folder, {"test": ("t.jsonl", broken)}, "penn_treebank")
+    with pytest.raises(InputError, match="no column 'sentence' but text"):
+        evaluate([model], tasks=["ptb"], data_dir=tmp_path)
+
+
+def test_c4_is_drawn_from_the_whole_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gzip
+
+    rows = [{"text": tiny.text(60, i)} for i in range(30)]
+    folder = tmp_path / "allenai" / "c4" / "en"
+    folder.mkdir(parents=True)
+    for name in ("c4-validation.00000-of-00008", "c4-train.00000-of-01024"):
+        with gzip.open(folder / f"{name}.json.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    files = "\n  data_files:\n  - split: validation\n    path: en/*.gz\n"
+    (folder.parent / "README.md").write_text(f"---\nconfigs:\n- config_name: en{files}---\n")
+    monkeypatch.setattr("ternq.tasks._C4_ROWS", 30)
+    model, said = tiny.loaded(), []
+    found = evaluate([model], tasks=["c4"], data_dir=tmp_path, limit=5, progress=said.append)
+    own = found["results"]["tiny"]["c4"]
+    ids = gptq_sample([str(row["text"]) for row in rows], model.tokenizer, 64, 256)
+    expected = token_perplexity(model.model, ids[: 5 * 64], 64)["token_perplexity"]
+    assert own["token_perplexity"] == expected
+    lines = [str(event.message) for event in said if event.stage == "expect"]
+    assert "c4: 5 blocks of 64 tokens, drawn as GPTQ draws them, about" in lines[1]
+    assert "c4: the first 5 of 30 documents, about" in lines[2]
+    assert "in all about" in lines[3]
+
+
+def test_documents_too_short_to_draw_blocks_from_are_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ternq.tasks._MISSES", 50)
+    with pytest.raises(InputError, match="50 documents in a row have fewer than 64 tokens"):
+        gptq_sample(["short"] * 9, tiny.tokenizer(), 64, 2)
+
+
+def test_windows_are_as_long_as_asked(data_dir: Path) -> None:
+    task = ["wikitext:token_perplexity"]
+    found = evaluate([tiny.loaded()], tasks=task, data_dir=data_dir, max_length=32)
+    assert found["results"]["tiny"]["wikitext"]["block_length"] == 32
+    found = evaluate([tiny.loaded()], tasks=task, data_dir=data_dir, max_length=999)
+    assert found["results"]["tiny"]["wikitext"]["block_length"] == 64  # all that the model reads
+    with pytest.raises(RecipeError, match="--max-length is 1"):
+        evaluate([tiny.loaded()], tasks=task, data_dir=data_dir, max_length=1)
+
+
+def test_a_model_that_gives_no_numbers_has_no_accuracy(data_dir: Path) -> None:
+    """The likeliest of NaNs is the first answer: an accuracy would look like chance."""
+    model, said = tiny.loaded(), []
+    with torch.no_grad():
+        model.model.lm_head.weight.fill_(math.nan)
+    found = evaluate([model], tasks=["piqa"], data_dir=data_dir, progress=said.append)
+    assert math.isnan(found["results"]["tiny"]["piqa"]["acc"])
+    assert "piqa" not in found["answers"]["tiny"]
+    assert any("not finite" in str(event.message) for event in said)
+
+
+def test_chat_needs_a_template(data_dir: Path) -> None:
+    with pytest.raises(InputError, match="has no chat template"):
+        evaluate([tiny.loaded()], tasks=["piqa"], data_dir=data_dir, chat=True)
+    model = tiny.loaded(positions=256)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain, chat = (
+        evaluate([model], tasks=["piqa"], data_dir=data_dir, limit=3, chat=chat)["results"]["tiny"]
+        for chat in (False, True)
+    )
+    assert set(plain["piqa"]) == set(chat["piqa"])
+
+
+def test_all_that_is_missing_is_said_at_once(data_dir: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        evaluate([tiny.loaded()], tasks=["ternaryllm"], data_dir=data_dir)
+    assert f"'{data_dir}/allenai/c4/en/c4-validation.00000-of-00008.json.gz'" in str(
+        caught.value.hint
+    )
+    for name in ("ptb", "c4", "arc_easy", "arc_challenge", "hellaswag", "winogrande"):
+        assert f"'{name}'" in caught.value.message
+    assert "'piqa'" not in caught.value.message
+    assert str(data_dir / "allenai" / "winogrande") in str(caught.value.hint)
+    assert "winogrande_xl/validation.parquet" in str(caught.value.hint)
+
+
+# -- against a baseline ----------------------------------------------------------------------------
+
+
+def test_divergence_equals_a_loop_over_tokens() -> None:
+    own, base = tiny.model(seed=1), tiny.model(seed=2)
+    ids = torch.randint(257, (70,), generator=torch.Generator().manual_seed(0))
+    total, same = [], []
+    for start in range(0, 64, 16):
+        block = ids[None, start : start + 16]
+        with torch.no_grad():
+            q, p = (torch.distributions.Categorical(logits=m(block).logits[0].double())
+                    for m in (own, base))  # fmt: skip
+        kl = torch.distributions.kl_divergence(p, q)[:-1]
+        total.append(kl.mean().item())
+        same += (p.logits.argmax(-1) == q.logits.argmax(-1))[:-1].tolist()
+    found = divergence(own, base, ids, 16, batch_size=3)
+    assert found["kl_divergence"] == pytest.approx(sum(total) / 4, rel=1e-5)
+    spread = torch.tensor(total).std().item() / 2
+    assert found["kl_divergence_stderr"] == pytest.approx(spread, rel=1e-4)
+    assert found["top1_agreement"] == pytest.approx(sum(same) / len(same))
+    assert found["kl_tokens"] == 60
+    own = divergence(base, base, ids, 16)
+    assert (own["kl_divergence"], own["top1_agreement"]) == (pytest.approx(0, abs=1e-9), 1.0)
+    with pytest.raises(InputError, match="300 and 257 tokens"):
+        divergence(tiny.model(vocabulary=300), base, ids, 16)
+
+
+@pytest.fixture
+def pair() -> tuple[Any, Any]:
+    own, base = tiny.loaded(seed=1), tiny.loaded(seed=2)
+    own.name, base.name = "own", "base"
+    return own, base
+
+
+def test_a_baseline_adds_differences_ratios_and_what_averages_hide(
+    pair: tuple[Any, Any], data_dir: Path
+) -> None:
+    own, base = pair
+    found = evaluate([own], baseline=base, tasks=["wikitext", "piqa"], data_dir=data_dir)
+    assert found["baseline"] == "base"
+    assert list(found["results"]) == ["own", "base"]
+    mine, theirs = found["results"]["own"], found["results"]["base"]
+    text, piqa = found["comparison"]["own"]["wikitext"], found["comparison"]["own"]["piqa"]
+    for metric in ("token_perplexity", "word_perplexity"):
+        ratio = mine["wikitext"][metric] / theirs["wikitext"][metric]
+        assert text[f"{metric}_ratio"] == pytest.approx(ratio)
+    assert text["kl_divergence"] > 0
+    assert piqa["acc_difference"] == pytest.approx(mine["piqa"]["acc"] - theirs["piqa"]["acc"])
+    assert piqa["flips_won"] - piqa["flips_lost"] == pytest.approx(piqa["acc_difference"])
+    answers = found["answers"]["own"]["piqa"]
+    assert answers.count("1") / 20 == mine["piqa"]["acc"]
+
+
+def test_other_tokens_are_not_compared_one_by_one(pair: tuple[Any, Any], data_dir: Path) -> None:
+    own, base = pair[0], tiny.loaded(vocabulary=300)
+    base.name = "base"
+    base.tokenizer.add_tokens(["the"])
+    task = ["wikitext:token_perplexity"]
+    found = evaluate([own], baseline=base, tasks=task, data_dir=data_dir)
+    assert any("other tokens" in note for note in found["notes"])
+    assert any("cannot be compared (" in note for note in found["notes"])
+    assert not found["comparison"]["own"]
+
+
+def test_results_in_a_file_are_a_baseline(
+    pair: tuple[Any, Any], data_dir: Path, tmp_path: Path
+) -> None:
+    own, base = pair
+    options: dict[str, Any] = {"tasks": ["wikitext", "piqa"], "data_dir": data_dir, "limit": 8}
+    live = evaluate([own], baseline=base, **options)
+    file = tmp_path / "base.json"
+    made = evaluate([base], **options)
+    file.write_text(json.dumps({"schema_version": 1, "model": "base"} | made))
+    found = evaluate([own], baseline=str(file), **options)
+    gone = {"kl_divergence", "kl_divergence_stderr", "kl_tokens", "top1_agreement"}
+    for task, values in live["comparison"]["own"].items():
+        kept = {name: value for name, value in values.items() if name not in gone}
+        assert found["comparison"]["own"][task] == kept
+    assert found["results"][str(file)] == live["results"]["base"]
+    with pytest.raises(RecipeError, match="--limit 8 there, 7 here; .*piqa: other data"):
+        evaluate([own], baseline=str(file), **options | {"limit": 7})
+    with pytest.raises(RecipeError, match="--num-fewshot not given there, 1 here"):
+        evaluate([own], baseline=str(file), **options, num_fewshot=1)
+    other = evaluate([own], baseline=str(file), **options | {"tasks": ["piqa"]})
+    assert set(other["comparison"]["own"]) == {"piqa"}
+
+
+def test_two_models_of_one_name_are_refused(data_dir: Path) -> None:
+    with pytest.raises(RecipeError, match="Two models are named 'tiny'"):
+        evaluate([tiny.loaded(), tiny.loaded(seed=1)], tasks=["piqa"], data_dir=data_dir)
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is measured, as it is measured."""
+    names: list[str] = []
+    run, perplexity = harness.run, evaluation.token_perplexity
+
+    def noted(task: Any, leaf: str, *rest: Any) -> Any:
+        names.append(leaf)
+        return run(task, leaf, *rest)
+
+    def noted_text(*args: Any, **options: Any) -> Any:
+        names.append(options["stage"])
+        return perplexity(*args, **options)
+
+    monkeypatch.setattr(harness, "run", noted)
+    monkeypatch.setattr(evaluation, "token_perplexity", noted_text)
+    return names
+
+
+def test_the_same_measurement_again_is_free(
+    data_dir: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    options: dict[str, Any] = {"tasks": ["wikitext", "piqa"], "data_dir": data_dir}
+    options |= {"cache": tmp_path, "limit": 5}
+    first = evaluate([tiny.loaded()], **options)
+    assert measured == ["wikitext: token perplexity", "wikitext", "piqa"]
+    again = evaluate([tiny.loaded()], **options)
+    assert measured[3:] == []
+    assert again["cached"] == [["tiny", "wikitext"], ["tiny", "wikitext"], ["tiny", "piqa"]]
+    assert {**again, "cached": []} == first
+    assert evaluate([tiny.loaded()], **options | {"cache": None})["results"] == first["results"]
+    assert len(measured) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"limit": 4}, {"num_fewshot": 1}, {"batch_size": 2}, {"max_length": 60}, {"seed": 1},
+     {"dtype": torch.bfloat16}],
+)  # fmt: skip
+def test_another_setting_is_measured_anew(
+    change: dict[str, Any], data_dir: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    options: dict[str, Any] = {"tasks": ["piqa"], "data_dir": data_dir, "cache": tmp_path}
+    evaluate([tiny.loaded()], **options | {"limit": 5})
+    evaluate([tiny.loaded()], **options | {"limit": 5} | change)
+    assert measured == ["piqa", "piqa"]
+
+
+def test_another_model_is_measured_anew(
+    data_dir: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    options: dict[str, Any] = {"tasks": ["piqa"], "data_dir": data_dir, "cache": tmp_path}
+    model = tiny.loaded()
+    folder = tmp_path / "model"
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    evaluate([str(folder)], **options)
+    evaluate([str(folder)], **options)
+    assert measured == ["piqa"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    evaluate([str(folder)], **options)
+    assert measured == ["piqa"] * 2
+    evaluate([tiny.loaded(seed=3)], **options)
+    evaluate([tiny.loaded(seed=3)], **options)
+    for _ in range(2):
+        model = tiny.loaded(vocabulary=300)
+        evaluate([model], **options)
+    model.tokenizer.add_tokens(["the"])
+    evaluate([model], **options)
+    assert measured == ["piqa"] * 5
+
+
+def test_a_stopped_measurement_goes_on_where_it_was(
+    wmdp: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"tasks": ["piqa", "wmdp"], "data_dir": wmdp, "cache": tmp_path}
+
+    def stop(event: Event) -> None:
+        if event.stage == "wmdp_chem" and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([tiny.loaded()], **options, progress=stop)
+    assert measured == ["piqa", "wmdp_bio", "wmdp_chem"]
+    found = evaluate([tiny.loaded()], **options)
+    assert measured[3:] == ["wmdp_chem", "wmdp_cyber"]
+    whole = evaluate([tiny.loaded()], **options | {"cache": None})
+    assert found["results"] == whole["results"]
+
+
+# -- lm-eval's own command -------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_lm_evals_own_command(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = tiny.loaded()
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    arguments = f"pretrained={folder},dtype=float32,max_length=64"
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments,
+               "--tasks", "piqa", "--batch_size", "3", "--device", "cpu",
+               "--output_path", str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, cwd=data_dir, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "out").rglob("results*.json")
+    theirs = json.loads(file.read_text())["results"]["piqa"]
+    found = evaluate([str(folder)], tasks=["piqa"], data_dir=data_dir, batch_size=3)
+    own = found["results"][str(folder)]["piqa"]
+    for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+        assert own[metric] == theirs[f"{metric},none"]

@@ -52,14 +52,22 @@ def loaded(seed: int = 0, **options: Any) -> Loaded:
     return Loaded(own, tokenizer(), "tiny", "tiny", "dense", None, torch.float32)
 
 
-def hub_dataset(
-    folder: Path, splits: dict[str, tuple[str, list[dict[str, Any]]]], config: str
-) -> None:
+Splits = dict[str, tuple[str, list[dict[str, Any]]]]
+
+
+def hub_dataset(folder: Path, splits: Splits, config: str) -> None:
     """Write a dataset as the hub lays it out: ``{split: (file, rows)}``."""
-    lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
-    for split, (name, rows) in splits.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        lines += [f"  - split: {split}", f"    path: {name}"]
+    hub_configs(folder, {config: splits})
+
+
+def hub_configs(folder: Path, configs: dict[str, Splits]) -> None:
+    """The same of a dataset with several configurations."""
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, (name, rows) in splits.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lines += [f"  - split: {split}", f"    path: {name}"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
