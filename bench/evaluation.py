@@ -7,10 +7,12 @@ type of weights and longest window, and prints the shortest and the median wall 
 ratio of the medians. DATA is laid out as the hub; lm-eval runs with it as its working directory,
 where the bare ids of datasets resolve to its folders. A ``.gguf`` MODEL is saved as a folder first.
 
-One run of each comes first and is not counted: it fills the caches of files and datasets, and its
-scores are compared: every metric of lm-eval, and standard errors but those that it draws at random.
-Exit status 1 if one differs. Of wikitext the timed runs take lm-eval's part alone, which ternq's
-token perplexity would otherwise stand beside. ``--json`` prints one object instead.
+Runs that are not counted come first. They fill the caches of files and datasets, and their scores
+are compared: every metric of lm-eval, and standard errors but those that it draws at random; exit
+status 1 if one differs. lm-eval runs once for each task there: given several it mixes their texts
+in one batch, as ternq does not, and the last digits depend on what shares a batch. Of wikitext the
+timed runs take lm-eval's part alone, without ternq's token perplexity. Processor time, of all
+threads, is printed beside the wall time; ``--json`` prints one object instead.
 """
 
 import argparse
@@ -18,18 +20,24 @@ import json
 import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LONGEST = 2048  # tokens of a window of ternq's
 ALONE = {"wikitext": "wikitext:word_perplexity"}  # lm-eval's part
 DRAWN = {"perplexity", "median", "matthews_corrcoef", "f1", "bleu", "chrf", "ter"}
 Scores = dict[str, dict[str, float]]
+
+
+class Seconds(NamedTuple):
+    wall: float
+    processor: float
 
 
 class Commands:
@@ -47,7 +55,7 @@ class Commands:
         self.common = ["--batch_size", str(asked.batch_size), "--device", asked.device]
         self.common += ["--limit", str(asked.limit)] if asked.limit else []
 
-    def ternq(self, tasks: list[str]) -> tuple[float, Scores]:
+    def ternq(self, tasks: list[str]) -> tuple[Seconds, Scores]:
         """Seconds and scores of `ternq eval`."""
         command = [sys.executable, "-m", "ternq", "eval", str(self.model), "--json", "-q"]
         command += ["--no-cache", "--offline", "--data-dir", str(self.asked.data_dir)]
@@ -57,7 +65,7 @@ class Commands:
         (found,) = json.loads(printed)["results"].values()
         return seconds, found
 
-    def lm_eval(self, tasks: list[str]) -> tuple[float, Scores]:
+    def lm_eval(self, tasks: list[str]) -> tuple[Seconds, Scores]:
         """Seconds and scores of `lm_eval`."""
         model = f"pretrained={self.model},dtype={self.asked.dtype},max_length={self.length}"
         out = self.scratch / "lm_eval.json"
@@ -69,15 +77,21 @@ class Commands:
         written.unlink()
         return seconds, {task: _plain(values) for task, values in found.items()}
 
-    def _run(self, command: list[str], folder: Path) -> tuple[float, str]:
-        began = time.monotonic()
+    def _run(self, command: list[str], folder: Path) -> tuple[Seconds, str]:
+        began, used = time.monotonic(), _processor_seconds()
         done = subprocess.run(
             command, cwd=folder, env=self.environment, capture_output=True, text=True
         )
-        seconds = time.monotonic() - began
+        seconds = Seconds(time.monotonic() - began, _processor_seconds() - used)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         return seconds, done.stdout
+
+
+def _processor_seconds() -> float:
+    """Of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
@@ -120,23 +134,30 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     commands = Commands(asked, folder_of(asked.model, scratch), scratch)
     tasks = asked.tasks.split(",")
     _, ours = commands.ternq(tasks)
-    _, theirs = commands.lm_eval(tasks)
+    theirs: Scores = {}
+    for task in tasks:
+        theirs |= commands.lm_eval([task])[1]
     compared, unequal = differences(ours, theirs)
     runs = {
         "ternq": lambda: commands.ternq([ALONE.get(task, task) for task in tasks]),
         "lm_eval": lambda: commands.lm_eval(tasks),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[str, list[Seconds]] = {name: [] for name in runs}
     for repeat in range(asked.repeats):
         for name in sorted(runs, reverse=repeat % 2 == 0):
-            seconds[name].append(runs[name]()[0])
-    medians = {name: statistics.median(own) for name, own in seconds.items() if own}
+            taken[name].append(runs[name]()[0])
+    found = {name: _summary(own) for name, own in taken.items()}
+    ratio = found["ternq"]["wall_median"] / found["lm_eval"]["wall_median"]
+    return {"compared": compared, "unequal": unequal, **found, "ratio": ratio, "scores": theirs}
+
+
+def _summary(taken: list[Seconds]) -> dict[str, Any]:
+    wall = [seconds.wall for seconds in taken]
     return {
-        "compared": compared,
-        "unequal": unequal,
-        "seconds": seconds,
-        "ratio": medians["ternq"] / medians["lm_eval"] if medians else None,
-        "scores": theirs,
+        "wall_min": min(wall),
+        "wall_median": statistics.median(wall),
+        "wall": wall,
+        "processor_median": statistics.median(seconds.processor for seconds in taken),
     }
 
 
@@ -161,14 +182,17 @@ def about(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(settings: dict[str, Any], found: dict[str, Any]) -> None:
+    """Settings, times and what differs, for people."""
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    for name, own in found["seconds"].items():
-        if own:
-            print(f"{name:8} min {min(own):8.2f} s   median {statistics.median(own):8.2f} s")
-    if found["ratio"]:
-        print(f"ratio of the medians {found['ratio']:.3f}")
+    print("seconds      minimum   median   processor")
+    for name in ("ternq", "lm_eval"):
+        own = found[name]
+        values = (own["wall_min"], own["wall_median"], own["processor_median"])
+        print(f"{name:10} {values[0]:9.2f}{values[1]:9.2f}{values[2]:12.2f}")
+    print(f"ratio of the medians {found['ratio']:.3f}")
     print(f"{found['compared']} numbers compared, {len(found['unequal'])} differ")
-    print(*found["unequal"], sep="\n", end="")
+    for line in found["unequal"]:
+        print(line)
 
 
 def main() -> int:
@@ -184,6 +208,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    asked.repeats = max(1, asked.repeats)
     asked.data_dir = asked.data_dir.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(asked, Path(scratch))
