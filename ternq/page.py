@@ -204,7 +204,7 @@ def _cell(values: Payload, compared: Payload, metric: str) -> Cell:
     difference, ratio = (compared.get(f"{metric}_{end}") for end in ("difference", "ratio"))
     changes = [] if difference is None else [scores.signed(difference)]
     changes += [] if ratio is None else [f"×\u2009{number(ratio)}"]
-    return Cell(number(values.get(metric)), _error(values, metric), ", ".join(changes))
+    return Cell(number(values.get(metric)), scores.error(values, metric), ", ".join(changes))
 
 
 def _hidden(compared: Payload, key: str) -> Cell:
@@ -212,12 +212,7 @@ def _hidden(compared: Payload, key: str) -> Cell:
         return Cell("")
     if key != "kl_divergence":
         return Cell(scores.share(compared[key]))
-    return Cell(number(compared[key]), _error(compared, key))
-
-
-def _error(values: Payload, metric: str) -> str:
-    error = values.get(f"{metric}_stderr")
-    return f"±\u2009{number(error)}" if isinstance(error, float) else ""
+    return Cell(number(compared[key]), scores.error(compared, key))
 
 
 def _more_tables(payload: Payload) -> Iterator[Table]:

@@ -129,9 +129,9 @@ def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
     if payload.get("command") == "generate":
         return
     yield from facts(payload)
-    for sample in texts(payload):
-        for who, text in sample["texts"].items():
-            yield who, sample["prompt"] + text
+    for sample in payload.get("samples") or ():
+        for who in ("teacher", "student"):
+            yield who, sample["prompt"] + sample[who]
     if payload.get("out") and "plan" not in payload:
         yield "written to", str(payload["out"])
         yield "next", _next(payload)
@@ -166,7 +166,7 @@ def facts(payload: Payload) -> Iterator[tuple[str, str]]:
 
 
 def texts(payload: Payload) -> list[Payload]:
-    """Samples of text of either kind of payload: ``{prompt, texts: {WHO: text}}``."""
+    """All samples of text, of an evaluation too: ``{prompt, texts: {WHO: text}}``."""
     both = ("teacher", "student")
     samples = [
         {"prompt": sample["prompt"], "texts": {who: sample[who] for who in both}}

@@ -1,6 +1,7 @@
 """The tables of an evaluation: what was measured, against what, and what it costs."""
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 from ternq.shown import Table, number, size
@@ -72,9 +73,13 @@ def metrics(values: Payload) -> list[str]:
 
 def measured(values: Payload, metric: str) -> str:
     """A value with its standard error."""
-    error = values.get(f"{metric}_stderr")
-    shown = number(values.get(metric))
-    return f"{shown} ± {number(error)}" if isinstance(error, float) else shown
+    return " ".join(filter(None, (number(values.get(metric)), error(values, metric))))
+
+
+def error(values: Payload, metric: str) -> str:
+    """The standard error of a value, where there is one."""
+    found = values.get(f"{metric}_stderr")
+    return f"± {number(found)}" if isinstance(found, int | float) and isfinite(found) else ""
 
 
 def extent(having: Mapping[str, Payload]) -> str:

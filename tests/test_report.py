@@ -94,7 +94,6 @@ COMPARED: dict[str, Any] = {
         }
     },
     "cached": [["demo", "c4"], ["demo", "arc_challenge"]],
-    "texts": [{"prompt": "Once", "texts": {"demo": " upon", "demo-ternary": " \x1b[2Jupon"}}],
     "layers": {
         "demo-ternary": [
             {"name": "a", "zero_share": 0.4, "error": 0.5},
@@ -215,11 +214,18 @@ def test_what_was_cached_and_the_worst_layer_are_a_sentence_each() -> None:
 
 
 def test_a_comparison_fits_80_columns_and_leaves_the_terminal_alone() -> None:
-    text = shown(COMPARED)
+    payload = COMPARED | {"notes": ["A \x1b[2Jnote."]}
+    text = shown(payload)
     assert max(map(len, text.splitlines())) <= 80
-    assert "\x1b" not in text and "Once \ufffd[2Jupon" in text
+    assert "\x1b" not in text and "A \ufffd[2Jnote." in text
     assert "answers lost" in text
-    assert "\x1b" not in report.markdown(COMPARED)
+    assert "\x1b" not in report.markdown(payload)
+
+
+@pytest.mark.parametrize("error", [None, math.nan, math.inf])
+def test_an_error_that_is_not_known_is_not_told(error: float | None) -> None:
+    [table] = report.tables({"results": {"m": {"t": {"acc": 0.5, "acc_stderr": error}}}})
+    assert table.rows == [("m", "0.5")]
 
 
 def test_gates_of_several_models_name_theirs() -> None:
