@@ -21,7 +21,7 @@ import ternq
 from ternq import boundary, helptext, options
 from ternq.boundary import Payload, UsageMistake
 from ternq.errors import InputError
-from ternq.progress import Progress
+from ternq.progress import Event, Progress
 from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
@@ -80,6 +80,7 @@ command = partial(options.command, app, call=boundary.call)
     options.access,
     options.rare(options.measures),
     options.rare(options.limits),
+    options.rare(options.accuracies),
     options.rare(options.reports),
     examples="ternq ternarize demo\nternq ternarize ./SmolLM2 --data notes.txt --tokens 2000000",
 )
@@ -103,6 +104,7 @@ def ternarize(
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
     made = _recipe(model, recipe, seed, settings)
     gates = _gates(settings)
+    _warn_of_gates(gates, _names(settings["tasks"] or ""), progress)
     world = _world(device, settings) | {"progress": progress}
     if plan:
         return _plan(made, _path(out), world | {"overwrite": overwrite})
@@ -123,7 +125,7 @@ def ternarize(
         made=_made(),
         **world,
     )
-    return {"seed": made.seed, **result, "gates": _judged_training(gates, result)}
+    return {"seed": made.seed, **result, "gates": _judged_training(gates, model, result)}
 
 
 @command(
@@ -342,6 +344,7 @@ def evaluate(
 ) -> Payload:
     """Measure models: perplexities and lm-eval tasks."""
     gates = _gates(settings)
+    _warn_of_gates(gates, _names(tasks), progress)
     models = model or [_newest()]
     from ternq.places import refuse_offline
 
@@ -518,16 +521,31 @@ def _judged(gates: list[Any], name: str, result: Payload) -> list[Payload]:
     return [{**row, "model": name} for row in rows]
 
 
-def _judged_training(gates: list[Any], result: Payload) -> list[Payload]:
+def _judged_training(gates: list[Any], model: str, result: Payload) -> list[Payload]:
     """Every gate on a freshly made artefact, its teacher being the baseline."""
     from ternq.gates import check
 
-    student, teacher = (
-        {"held-out": {"token_perplexity": result[who]["perplexity"]}}
+    held_out = {
+        who: {"held-out": {"token_perplexity": result[who]["perplexity"]}}
         for who in ("student", "teacher")
-    )
+    }
+    tasks = result.get("results") or {}
+    student = held_out["student"] | tasks.get(str(result.get("out")), {})
+    teacher = held_out["teacher"] | tasks.get(model, {})
     weights = result["weights"] | {"bytes": _size(result["files"])}
     return check(gates, student, weights, teacher)
+
+
+def _warn_of_gates(gates: Sequence[Any], tasks: Sequence[str], progress: Progress) -> None:
+    """Say before the work which gates will fail because their task is not measured."""
+    from ternq.suites import expand
+
+    names = {name.partition(":")[0] for name in expand(tuple(tasks))} | {*tasks, "held-out"}
+    for gate in gates:
+        task = gate.task
+        if task and task not in names and not any(task.startswith(f"{name}_") for name in names):
+            said = f"--{gate.name} names '{task}', which is not among --tasks: it will fail."
+            progress(Event("gates", said, level="warning"))
 
 
 def _size(files: Sequence[Mapping[str, Any]]) -> int:

@@ -12,8 +12,9 @@ import torch
 
 from ternq import checkpoint, distill, hf, runs
 from ternq.errors import RecipeError
-from ternq.evaluate import Limit, evaluate
+from ternq.evaluate import evaluate
 from ternq.files import renamed
+from ternq.measure import Limit
 from ternq.pack import pack
 from ternq.page import page, steps_of
 from ternq.progress import Event, Progress, ignore

@@ -14,7 +14,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ternq import harness
+from ternq import harness, measure
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.perplexity import divergence, token_perplexity
@@ -22,7 +22,6 @@ from ternq.progress import Event
 from ternq.suites import SUITES, Suite
 from ternq.tasks import gptq_sample, load_jobs
 
-evaluation = sys.modules["ternq.evaluate"]
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mirror"
 
 
@@ -582,7 +581,7 @@ def test_two_models_of_one_name_are_refused(data_dir: Path) -> None:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is measured, as it is measured."""
     names: list[str] = []
-    run, perplexity = harness.run, evaluation.token_perplexity
+    run, perplexity = harness.run, measure.token_perplexity
 
     def noted(task: Any, leaf: str, *rest: Any) -> Any:
         names.append(leaf)
@@ -593,7 +592,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return perplexity(*args, **options)
 
     monkeypatch.setattr(harness, "run", noted)
-    monkeypatch.setattr(evaluation, "token_perplexity", noted_text)
+    monkeypatch.setattr(measure, "token_perplexity", noted_text)
     return names
 
 
