@@ -132,9 +132,10 @@ def _report(session: Session) -> None:
         with session.summary_md.open("a", encoding="utf-8") as file:
             file.write(report.markdown(payload))
     if session.html:
-        from ternq.page import page, steps_of
+        from ternq.page import page, training_of
 
-        write_whole(session.html, page(payload, steps_of(payload.get("out"))))
+        trained, steps = training_of(payload)
+        write_whole(session.html, page(payload, steps, trained))
     if not session.quiet:
         report.show(payload, stderr=session.json)
 

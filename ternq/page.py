@@ -6,6 +6,7 @@ the charts, built by an XML writer, are.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +32,31 @@ class Cell:
     change: str = ""
 
 
-def page(payload: Payload, steps: Sequence[Payload] = ()) -> str:
-    """The HTML of a command's payload; ``steps`` are the values of its training, step by step."""
-    return _environment().get_template("page.html").render(**_contents(payload, steps))
+def page(payload: Payload, steps: Sequence[Payload] = (), trained: str = "") -> str:
+    """The HTML of a command's payload.
+
+    ``steps`` are the values of a training, step by step, and ``trained`` is what it made, where
+    that is not plain.
+    """
+    contents = _contents(payload, steps) | {"trained": trained}
+    return _environment().get_template("page.html").render(contents)
 
 
-def steps_of(out: Any) -> list[dict[str, Any]]:
+def training_of(payload: Payload) -> tuple[str, list[dict[str, Any]]]:
+    """Of the first model of a payload whose training is recorded: its name, and the steps."""
+    models = payload.get("model") or ()
+    measured = [models] if isinstance(models, str) else models
+    for place in (payload.get("out"), *measured):
+        if place and (steps := steps_of(place)):
+            return str(place), steps
+    return "", []
+
+
+def steps_of(out: str | Path) -> list[dict[str, Any]]:
     """The values of every training step of a run, or of what was made of one; none without."""
-    if not out:
-        return []
-    folders = (Path(out).with_name(Path(out).name + ".report"), Path(out))
-    found = [folder / METRICS for folder in folders]
+    folder = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow links
+    beside = folder.parent / f"{folder.name}.report"
+    found = [place / METRICS for place in (beside, folder)]
     rows = next((p.read_text("utf-8").splitlines() for p in found if p.is_file()), [])
     return list(filter(None, map(_row, rows)))
 

@@ -190,7 +190,8 @@ def worst_layer(layers: Sequence[Payload]) -> str | None:
 
 def _cached(pairs: Sequence[Sequence[str]]) -> str:
     models = dict.fromkeys(model for model, _ in pairs)
-    parts = [f"{m} on {', '.join(task for model, task in pairs if model == m)}" for m in models]
+    tasks = {m: dict.fromkeys(task for model, task in pairs if model == m) for m in models}
+    parts = [f"{model} on {', '.join(own)}" for model, own in tasks.items()]
     return f"{'; '.join(parts)}: taken from the results cache"
 
 

@@ -16,7 +16,7 @@ from conftest import Demo
 
 from ternq import chart, ternarize
 from ternq.chart import Axis, Point, Series, free_place, lines, scatter, spread, strip
-from ternq.page import page, steps_of
+from ternq.page import page, steps_of, training_of
 
 VOID = {"meta", "br", "hr", "input", "img", "link"}
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\x00\x1b[31m\x85\ud800\u202e"
@@ -474,7 +474,7 @@ def test_one_value_alone_can_be_drawn(value: float) -> None:
 
 
 def test_steps_are_read_beside_the_artefact_or_in_the_run(tmp_path: Path) -> None:
-    assert steps_of(None) == [] and steps_of(tmp_path / "out") == []
+    assert steps_of(tmp_path / "out") == [] and steps_of("/") == [] and steps_of("\0") == []
     run, beside = tmp_path / "out", tmp_path / "out.report"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
@@ -482,6 +482,21 @@ def test_steps_are_read_beside_the_artefact_or_in_the_run(tmp_path: Path) -> Non
     beside.mkdir()
     (beside / "metrics.jsonl").write_text('{"step": 7}\n')
     assert steps_of(str(run)) == [{"step": 7}]
+
+
+def test_an_evaluation_shows_the_training_of_the_first_model_that_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.report").mkdir()
+        (tmp_path / f"{name}.report" / "metrics.jsonl").write_text(f'{{"step": 1, "{name}": 2}}\n')
+    monkeypatch.chdir(tmp_path)
+    assert training_of({"model": ["a", "b", "c"]}) == ("b", [{"step": 1, "b": 2}])
+    assert training_of({"model": "a"}) == training_of({}) == ("", [])
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    assert training_of({"model": "."})[1] == [{"step": 1, "c": 2}]
+    assert "Of b." in page({"model": ["a", "b"]}, recorded(), "b")
 
 
 def test_the_pages_of_a_training_lie_beside_its_records(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ COMPARED: dict[str, Any] = {
             "arc_challenge": {"acc_difference": -0.25, "flips_lost": 0.3, "flips_won": 0.05},
         }
     },
-    "cached": [["demo", "c4"], ["demo", "arc_challenge"]],
+    "cached": [["demo", "c4"], ["demo", "arc_challenge"], ["demo", "c4"]],
     "layers": {
         "demo-ternary": [
             {"name": "a", "zero_share": 0.4, "error": 0.5},
