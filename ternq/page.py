@@ -162,15 +162,30 @@ def _figures(payload: Payload) -> Iterator[tuple[str, str, str]]:
         yield number(student.get("perplexity")), "token perplexity", remark
     if closed := report.gap_closed(payload):
         yield f"{closed:.1%}", "of the gap closed", "of the log perplexity that rounding loses"
-    if weights := payload.get("weights"):
-        if weights.get("bpw_linear") is not None:
-            everything = f"{weights['bpw_total']:.3f} over all weights"
-            yield f"{weights['bpw_linear']:.3f}", "bits per linear weight", everything
-        yield (
-            size(weights["bytes"]),
-            "of weights",
-            f"{size(weights['bytes_dense_bf16'])} in bfloat16",
-        )
+    models = names(payload.get("model"))
+    yield from _first_measured(payload, models)
+    weights = payload.get("weights") or (payload.get("models") or {}).get(models) or {}
+    if weights.get("bpw_linear") is not None:
+        total = weights.get("bpw_total")
+        everything = "" if total is None else f"{total:.3f} over all weights"
+        yield f"{weights['bpw_linear']:.3f}", "bits per linear weight", everything
+    if weights.get("bytes"):
+        dense = weights.get("bytes_dense_bf16")
+        yield size(weights["bytes"]), "of weights", f"{size(dense)} in bfloat16" if dense else ""
+
+
+def _first_measured(payload: Payload, model: str) -> Iterator[tuple[str, str, str]]:
+    """One perplexity and one accuracy of the model that was measured, beside the baseline's."""
+    baseline = payload.get("baseline") or ""
+    found = scores.by_task(payload).items() if "teacher" not in payload else ()
+    for kind in ("perplexity", "acc"):
+        for task, having in found:
+            own, base = having.get(model, {}), having.get(baseline, {})
+            metric = next((m for m in scores.metrics(own) if kind in m), None)
+            if metric:
+                remark = f"{number(base[metric])} of {baseline}" if metric in base else ""
+                yield number(own[metric]), f"{scores.words(metric)}, {task}", remark
+                break
 
 
 def _first(payload: Payload) -> Table | None:

@@ -265,6 +265,26 @@ def test_the_results_stand_beside_the_baseline_s() -> None:
     assert ["small", "base", "1,000", "1.850", "2.000", "250 B"] in rows  # the models
 
 
+def figures(payload: dict[str, Any]) -> list[str]:
+    read = Reader(page(payload))
+    terms = [" ".join(text.split()) for tag, text in read.texts if tag in ("dt", "dd")]
+    return terms[: 3 * len([a for a in read.of("dd") if a.get("class") == "remark"])]
+
+
+def test_the_first_numbers_are_those_one_wants_first() -> None:
+    assert figures(evaluated())[:11] == [
+        "token perplexity, c4@gptq256", "20", "10 of base",
+        "acc, piqa", "0.5", "0.75 of base",
+        "bits per linear weight", "1.850", "2.000 over all weights",
+        "of weights", "250 B",
+    ]  # fmt: skip
+    assert figures(ternarized())[:6] == [
+        "token perplexity", "15", "12 before, in 16 bits",
+        "of the gap closed", "83.9%", "of the log perplexity that rounding loses",
+    ]  # fmt: skip
+    assert figures(evaluated() | {"model": ["base", "small"]}) == []
+
+
 def test_settings_recipe_versions_and_the_command_are_told() -> None:
     rows = Reader(page(evaluated())).rows
     for row in (
