@@ -147,11 +147,10 @@ def _verdict(payload: Payload) -> dict[str, str] | None:
     failed = sum(not gate["passed"] for gate in gates)
     if not gates:
         return {"kind": "none", "text": "No gates were set"}
-    count = f"{len(gates)} gate" + ("s" if len(gates) > 1 else "")
-    if failed:
-        return {"kind": "failed", "text": f"{failed} of {count} failed"}
-    every = {1: "The gate", 2: "Both gates"}.get(len(gates), f"All {count}")
-    return {"kind": "passed", "text": f"{every} passed"}
+    every = {1: "The gate", 2: "Both gates"}.get(len(gates), f"All {len(gates)} gates")
+    some = f"{failed} of {len(gates)} gates" if failed < len(gates) else every
+    kind = "failed" if failed else "passed"
+    return {"kind": kind, "text": f"{some if failed else every} {kind}"}
 
 
 def _figures(payload: Payload) -> Iterator[tuple[str, str, str]]:
@@ -183,7 +182,7 @@ def _first_measured(payload: Payload, model: str) -> Iterator[tuple[str, str, st
             own, base = having.get(model, {}), having.get(baseline, {})
             metric = next((m for m in scores.metrics(own) if kind in m), None)
             if metric:
-                remark = f"{number(base[metric])} of {baseline}" if metric in base else ""
+                remark = f"{baseline}: {number(base[metric])}" if metric in base else ""
                 yield number(own[metric]), f"{scores.words(metric)}, {task}", remark
                 break
 

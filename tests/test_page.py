@@ -225,7 +225,8 @@ def test_metrics_of_hostile_names_are_text_too() -> None:
         ([True], "The gate passed"),
         ([True, True], "Both gates passed"),
         ([True] * 3, "All 3 gates passed"),
-        ([False], "1 of 1 gate failed"),
+        ([False], "The gate failed"),
+        ([False, False, False], "All 3 gates failed"),
         ([True, False, False], "2 of 3 gates failed"),
     ],
 )
@@ -273,8 +274,8 @@ def figures(payload: dict[str, Any]) -> list[str]:
 
 def test_the_first_numbers_are_those_one_wants_first() -> None:
     assert figures(evaluated())[:11] == [
-        "token perplexity, c4@gptq256", "20", "10 of base",
-        "acc, piqa", "0.5", "0.75 of base",
+        "token perplexity, c4@gptq256", "20", "base: 10",
+        "acc, piqa", "0.5", "base: 0.75",
         "bits per linear weight", "1.850", "2.000 over all weights",
         "of weights", "250 B",
     ]  # fmt: skip
