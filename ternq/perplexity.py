@@ -119,8 +119,8 @@ def block_losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tokens_per_second(model: Any, length: int, seconds: float = 2.0) -> float:
-    """Tokens a model reads in a second: batches that grow until one takes a quarter of ``seconds``.
+def tokens_per_second(model: Any, length: int, seconds: float = 1.0) -> float:
+    """Tokens a model reads in a second: batches that grow until one takes ``seconds``.
 
     The last one is measured, so that what a first pass sets up does not count where it is short.
     """
@@ -131,7 +131,7 @@ def tokens_per_second(model: Any, length: int, seconds: float = 2.0) -> float:
         start = time.perf_counter()
         float(model(ids.to(_device(model)), use_cache=False).logits[0, 0, 0])  # waits for a GPU
         took = time.perf_counter() - start
-        if took > seconds / 4 or count >= rows * length:
+        if took > seconds or count >= rows * length:
             return ids.numel() / took
         count = min(4 * count, rows * length)
 

@@ -43,8 +43,12 @@ class Lines(Quiet):
         elif began or event.done == event.total or time.monotonic() - self._shown >= self._seconds:
             self._shown = time.monotonic()
             left = self._clock.left(event)
-            parts = [_count(event), f"{duration(left)} left" if left else "", _values(event.values)]
-            self._say(", ".join(filter(None, [event.stage, *parts])))
+            parts = [
+                _count(event),
+                self._clock.rate(event),
+                f"{duration(left)} left" if left else "",
+            ]
+            self._say(", ".join(filter(None, [event.stage, *parts, _values(event.values)])))
 
 
 class Bar:
@@ -90,7 +94,8 @@ class Bar:
     def _text(self, event: Event) -> str:
         left = self._clock.left(event)
         timing = f"{duration(left)} left" if left else duration(self._clock.elapsed())
-        text = "  ".join(filter(None, [_count(event), timing, _values(event.values)]))
+        parts = [_count(event), self._clock.rate(event), timing, _values(event.values)]
+        text = "  ".join(filter(None, parts))
         room = self._console.width - len(event.stage) - 24
         return text if len(text) <= room else text[: room - 1] + "…"
 
@@ -133,6 +138,11 @@ class _Clock:
         if not event.total or done <= 0 or event.done == event.total:
             return None
         return self.elapsed() / done * (event.total - done - self._first)
+
+    def rate(self, event: Event) -> str:
+        """What is done in a second."""
+        done = (event.done or 0) - self._first
+        return f"{done / self.elapsed():.3g}/s" if done > 0 and self.elapsed() > 0 else ""
 
 
 def _count(event: Event) -> str:
