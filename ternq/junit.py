@@ -76,7 +76,8 @@ def _properties(suite: ET.Element, payload: Payload) -> None:
     model = payload.get("model")
     names = ", ".join(map(str, model)) if isinstance(model, list | tuple) else model
     values = {"model": names, **{key: payload.get(key) for key in ("out", "seed", "version")}}
-    versions = (payload.get("settings") or {}).get("versions") or {}
+    made = payload.get("settings") or payload.get("made") or {}
+    versions = made.get("versions") or {}
     values |= {f"version.{name}": version for name, version in versions.items()}
     kept = {name: str(value) for name, value in values.items() if value is not None}
     if kept:

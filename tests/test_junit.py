@@ -107,6 +107,13 @@ def test_counts_are_those_of_the_cases_in_every_suite() -> None:
         assert element.get("failures") == str(sum(c.find("failure") is not None for c in cases))
 
 
+def test_versions_of_what_was_made_are_properties() -> None:
+    root = parsed({"command": "ternarize", "made": {"versions": {"torch": "2.13.0"}}})
+    assert {p.get("name"): p.get("value") for p in root.iter("property")} == {
+        "version.torch": "2.13.0"
+    }
+
+
 def test_without_a_command_and_a_payload_there_still_is_a_file() -> None:
     root = parsed({}, TernqError("No such command."))
     assert [case.get("name") for case in root.iter("testcase")] == ["ternq"]
