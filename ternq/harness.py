@@ -384,6 +384,12 @@ def _adapter(
             return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            longest = max(int(r.args[1].get("max_gen_toks", _GENERATED)) for r in requests)
+            if longest >= length:
+                raise InputError(
+                    f"Task '{stage}' has {longest} tokens written; '{loaded.name}' reads {length} "
+                    "at most, prompt included."
+                )
             self._expect(len(requests), length)
             return super().generate_until(requests, disable_tqdm=True)
 

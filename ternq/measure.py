@@ -110,7 +110,7 @@ class Meter:
             if found is None:
                 found = part.run(subject.loaded)
                 self._cache.put(self._key(subject, part), found)
-            else:
+            elif [subject.name, part.task] not in self.cached:
                 self.cached.append([subject.name, part.task])
             self._note(subject, part, found)
         for job in self._jobs:

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import re
 import math
 import os
 import signal
@@ -427,6 +428,29 @@ def test_every_gate_is_evaluated(
     assert sorted(g["passed"] for g in payload["gates"]) == [False, False, True]
 
 
+def test_gates_of_ternarize_see_the_tasks_that_were_measured(
+    fake: Callable[..., Fake], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"demo": {"piqa": {"acc": 0.75}}, "out": {"piqa": {"acc": 0.6}}}
+    fake("ternarize", RESULT | {"out": "out", "results": results})
+    line = "ternarize demo --tasks piqa --fail-if-acc-below piqa=0.6 --fail-if-acc-drop-above 0.1"
+    status, payload = run_json(capsys, *line.split())
+    below, drop = payload["gates"]
+    assert (status, below["passed"], drop["passed"]) == (5, True, False)
+    assert drop["value"] == pytest.approx(0.15)
+
+
+def test_a_gate_on_a_task_that_is_not_measured_is_said_first(
+    fake: Callable[..., Fake], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("eval", {"results": {"a": {}}})
+    line = "eval a --tasks mmlu,piqa:acc --fail-if-acc-below {}=0.5 --no-progress"
+    for task, warned in (("boolq", True), ("mmlu_virology", False), ("piqa", False)):
+        assert run(line.format(task)) == 5
+        said = f"names '{task}', which is not among --tasks"
+        assert (said in capsys.readouterr().err) == warned
+
+
 def test_eval_compares_with_a_baseline(
     fake: Callable[..., Fake], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -536,7 +560,8 @@ def test_plain_progress_is_a_line_every_few_seconds(capsys: pytest.CaptureFixtur
     lines(Event("data", "a text ended", level="warning"))
     first, begun, *_, done, last = capsys.readouterr().err.splitlines()
     assert (first, begun) == ("Budget: 10 tokens", "train, 1/10, loss 2")
-    assert (done, last) == ("train, 10/10, loss 2", "warning: a text ended")
+    assert re.fullmatch(r"train, 10/10, [\d.e+]+/s, loss 2", done)
+    assert last == "warning: a text ended"
 
 
 def test_quiet_progress_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -469,6 +469,23 @@ def test_chat_needs_a_template(data_dir: Path) -> None:
     assert set(plain["piqa"]) == set(chat["piqa"])
 
 
+def test_tasks_that_write_say_that_there_is_no_template(data_dir: Path) -> None:
+    rows = [{"question": tiny.text(5, i), "answer": f"so it is\n#### {i}"} for i in range(6)]
+    splits = {"test": ("m/test.jsonl", rows), "train": ("m/train.jsonl", rows)}
+    tiny.hub_dataset(data_dir / "openai" / "gsm8k", splits, "main")
+    said: list[Event] = []
+    options: dict[str, Any] = {"tasks": ["gsm8k"], "data_dir": data_dir, "limit": 2}
+    found = evaluate([tiny.loaded(positions=512)], **options, num_fewshot=0, progress=said.append)
+    own = found["results"]["tiny"]["gsm8k"]
+    assert own["exact_match@strict-match"] == 0.0
+    assert (own["samples"], own["partial"]) == (2, True)
+    assert found["answers"]["tiny"]["gsm8k"] == "00"
+    assert any("has no chat template" in str(event.message) for event in said)
+    assert (said[-1].stage, said[-1].done, said[-1].total) == ("gsm8k", 2, 2)
+    with pytest.raises(InputError, match="has 256 tokens written; 'tiny' reads 64 at most"):
+        evaluate([tiny.loaded()], **options)
+
+
 def test_all_that_is_missing_is_said_at_once(data_dir: Path) -> None:
     with pytest.raises(InputError) as caught:
         evaluate([tiny.loaded()], tasks=["ternaryllm"], data_dir=data_dir)
@@ -605,7 +622,7 @@ def test_the_same_measurement_again_is_free(
     assert measured == ["wikitext: token perplexity", "wikitext", "piqa"]
     again = evaluate([tiny.loaded()], **options)
     assert measured[3:] == []
-    assert again["cached"] == [["tiny", "wikitext"], ["tiny", "wikitext"], ["tiny", "piqa"]]
+    assert again["cached"] == [["tiny", "wikitext"], ["tiny", "piqa"]]
     assert {**again, "cached": []} == first
     assert evaluate([tiny.loaded()], **options | {"cache": None})["results"] == first["results"]
     assert len(measured) == 6
