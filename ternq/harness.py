@@ -142,10 +142,7 @@ def run(
             apply_chat_template=settings.chat,
             bootstrap_iters=_BOOTSTRAPS,
             log_samples=True,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
+            **_seeds(settings.seed),
         )
     name = task.leaves[leaf].task_name
     values = _metrics(out["results"][name])
@@ -209,9 +206,20 @@ def expected_tokens(leaf: Any, tokenizer: Any, settings: Settings) -> int:
     return tokens * count // max(1, min(count, _PROBED))
 
 
+def ignores_shots(leaf: Any, asked: int | None) -> bool:
+    """Whether a task takes no examples, whatever is asked for: its authors have it so."""
+    return bool(asked) and leaf.get_config("num_fewshot") == 0
+
+
 def generates(leaf: Any) -> bool:
     """Whether a task has the model write text."""
     return bool(leaf.OUTPUT_TYPE == "generate_until")
+
+
+def _seeds(seed: int) -> dict[str, int]:
+    """lm-eval's own seeds for ours of 0, so that examples are those that its command draws."""
+    kinds = ("random", "numpy_random", "torch_random", "fewshot_random")
+    return {f"{kind}_seed": seed for kind in kinds} if seed else {}
 
 
 def _request_tokens(request: Any, tokenizer: Any, settings: Settings) -> int:

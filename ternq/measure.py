@@ -155,6 +155,9 @@ class Meter:
             return harness.expected_tokens(leaf, loaded.tokenizer, settings)
 
         def run(loaded: Loaded) -> Values:
+            if harness.ignores_shots(leaf, asked.num_fewshot):
+                said = f"{name}: always asked without examples, so --num-fewshot does nothing"
+                self._progress(Event(name, said, level="warning"))
             if harness.generates(leaf) and not _template(loaded):
                 said = (
                     f"{name}: '{loaded.name}' has no chat template, so it goes on from the plain "

@@ -187,36 +187,6 @@ def test_a_pipe_swallows_the_status(stubbed: Path) -> None:
 # --- the script, with ternq -----------------------------------------------------------------------
 
 
-def piqa(root: Path) -> str:
-    """A few questions in the hub's layout, whose right answer is the likelier one to any model."""
-    rows = [{"goal": tiny.text(4, i), "sol1": "e", "sol2": tiny.text(9, i), "label": 0}
-            for i in range(4)]  # fmt: skip
-    splits: tiny.Splits = {"validation": ("d/v.jsonl", rows), "train": ("d/t.jsonl", rows[:2])}
-    tiny.hub_dataset(root / "hub" / "baber" / "piqa", splits, "default")
-    return "hub"
-
-
-def test_a_model_that_passes_is_published(trained: Path) -> None:
-    done = run(trained, "sh", "examples/ci.sh", "notes.txt", "50", DATA_DIR=piqa(trained))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.endswith("Published: release/demo-ternary\n")
-    assert released(trained) == ["demo-ternary"]
-    for path in (trained / "demo-ternary").iterdir():
-        assert (trained / "release" / "demo-ternary" / path.name).read_bytes() == path.read_bytes()
-    results = json.loads((trained / "reports" / "results.json").read_text("utf-8"))
-    assert results["status"] == "ok" and results["exit_code"] == 0
-    assert [(gate["name"], gate["task"], gate["passed"]) for gate in results["gates"]] == [
-        ("fail-if-ppl-ratio-above", "notes.txt", True),
-        ("fail-if-acc-below", "piqa", True),
-        ("fail-if-size-above", None, True),
-        ("fail-if-bpw-above", None, True),
-    ]
-    assert "kl_divergence" in results["comparison"]["demo-ternary"]["notes.txt"]
-    for name in ("ternarize", "verify"):
-        payload = json.loads((trained / "reports" / f"{name}.json").read_text("utf-8"))
-        assert payload["status"] == "ok"
-
-
 def test_a_failed_gate_is_reported_and_publishes_nothing(trained: Path) -> None:
     """By the page's own lines for a baseline in a file."""
     (lines,) = blocks("bash")
@@ -271,8 +241,18 @@ def run_job(folder: Path, **changes: str) -> tuple[int, list[str]]:
     return status, reached
 
 
+def piqa(root: Path) -> str:
+    """A few questions in the hub's layout, whose right answer is the likelier one to any model."""
+    rows = [{"goal": tiny.text(4, i), "sol1": "e", "sol2": tiny.text(9, i), "label": 0}
+            for i in range(4)]  # fmt: skip
+    splits: tiny.Splits = {"validation": ("d/v.jsonl", rows), "train": ("d/t.jsonl", rows[:2])}
+    tiny.hub_dataset(root / "hub" / "baber" / "piqa", splits, "default")
+    return "hub"
+
+
 def test_the_job_publishes_what_passes(trained: Path) -> None:
-    status, reached = run_job(trained, TEXT="notes.txt", RATIO="50")
+    """With questions too, which the script asks where it is given their data."""
+    status, reached = run_job(trained, TEXT="notes.txt", RATIO="50", DATA_DIR=piqa(trained))
     assert status == 0
     assert reached[-4:] == [
         "Quantize, verify, gate", "Keep the reports", "Keep results of evaluations", "Publish"
@@ -280,8 +260,22 @@ def test_the_job_publishes_what_passes(trained: Path) -> None:
     for step in JOB["steps"]:
         path = step.get("with", {}).get("path")
         assert not path or any((trained / path).iterdir()), path
+    assert released(trained) == ["demo-ternary"]
+    for path in (trained / "demo-ternary").iterdir():
+        assert (trained / "release" / "demo-ternary" / path.name).read_bytes() == path.read_bytes()
+    for name in ("ternarize", "verify", "results"):
+        payload = json.loads((trained / "reports" / f"{name}.json").read_text("utf-8"))
+        assert (payload["status"], payload["exit_code"]) == ("ok", 0)
+    assert {(gate["name"], gate["task"]): gate["passed"] for gate in payload["gates"]} == {
+        ("fail-if-ppl-ratio-above", "notes.txt"): True,
+        ("fail-if-acc-below", "piqa"): True,
+        ("fail-if-size-above", None): True,
+        ("fail-if-bpw-above", None): True,
+    }
+    assert "kl_divergence" in payload["comparison"]["demo-ternary"]["notes.txt"]
     assert "fail-if-bpw-above" in (trained / "step.md").read_text("utf-8")
-    assert (trained / "reports" / "junit.xml").is_file()
+    junit = ET.parse(trained / "reports" / "junit.xml").getroot()
+    assert not list(junit.iter("failure")) and not list(junit.iter("error"))
 
 
 @pytest.mark.parametrize("fails, status", [("eval", 5), ("pack", 6), ("ternarize", 75)])

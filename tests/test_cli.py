@@ -3,9 +3,9 @@
 import errno
 import importlib
 import json
-import re
 import math
 import os
+import re
 import signal
 import subprocess
 import sys

@@ -486,6 +486,13 @@ def test_tasks_that_write_say_that_there_is_no_template(data_dir: Path) -> None:
         evaluate([tiny.loaded()], **options)
 
 
+def test_examples_that_a_task_never_takes_are_said(wmdp: Path) -> None:
+    said: list[Event] = []
+    options: dict[str, Any] = {"tasks": ["wmdp_bio"], "data_dir": wmdp, "progress": said.append}
+    evaluate([tiny.loaded()], **options, num_fewshot=2)
+    assert any("--num-fewshot does nothing" in str(event.message) for event in said)
+
+
 def test_all_that_is_missing_is_said_at_once(data_dir: Path) -> None:
     with pytest.raises(InputError) as caught:
         evaluate([tiny.loaded()], tasks=["ternaryllm"], data_dir=data_dir)
@@ -690,18 +697,18 @@ def test_a_stopped_measurement_goes_on_where_it_was(
 
 def test_numbers_are_those_of_lm_evals_own_command(data_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    model = tiny.loaded()
+    model = tiny.loaded(positions=256)
     model.model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    arguments = f"pretrained={folder},dtype=float32,max_length=64"
+    arguments = f"pretrained={folder},dtype=float32,max_length=256"
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments,
-               "--tasks", "piqa", "--batch_size", "3", "--device", "cpu",
+               "--tasks", "piqa", "--num_fewshot", "1", "--batch_size", "3", "--device", "cpu",
                "--output_path", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, cwd=data_dir, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("results*.json")
     theirs = json.loads(file.read_text())["results"]["piqa"]
-    found = evaluate([str(folder)], tasks=["piqa"], data_dir=data_dir, batch_size=3)
-    own = found["results"][str(folder)]["piqa"]
+    options: dict[str, Any] = {"tasks": ["piqa"], "data_dir": data_dir, "batch_size": 3}
+    own = evaluate([str(folder)], **options, num_fewshot=1)["results"][str(folder)]["piqa"]
     for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
         assert own[metric] == theirs[f"{metric},none"]
