@@ -22,12 +22,12 @@ from ternq.progress import Event, Progress
 from ternq.report import duration
 from ternq.subject import Subject, World
 from ternq.suites import SUITES
-from ternq.tasks import C4_DOCUMENTS, TOKEN_PERPLEXITY, Job, of_lm_eval
+from ternq.tasks import C4_BLOCKS, C4_DOCUMENTS, TOKEN_PERPLEXITY, Job, of_lm_eval
 
 Limit = int | Literal["all"] | None
 Values = dict[str, Any]
 
-_COUNTS = ("samples", "partial", "blocks", "block_length", "tokens")
+_COUNTS = ("samples", "partial", "blocks", "block_length", "tokens", "drawn")
 _LIBRARIES = ("ternq", "lm-eval", "torch", "transformers")
 
 
@@ -140,7 +140,9 @@ class Meter:
                 stage=f"{job.name}: token perplexity", progress=self._progress,
             )  # fmt: skip
             cut = text.partial or len(ids) < len(self._all_ids(job, loaded, length))
-            return {"values": values | {"samples": values["blocks"], "partial": cut}}
+            whole = text.drawn and values["blocks"] == C4_BLOCKS
+            drawn = {"drawn": f"gptq{C4_BLOCKS}"} if whole else {}
+            return {"values": values | {"samples": values["blocks"], "partial": cut} | drawn}
 
         extent = ", drawn as GPTQ draws them" if text.drawn else ""
         return Part(job.name, TOKEN_PERPLEXITY, {"text": text.digest()}, extent, run, tokens)

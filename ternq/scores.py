@@ -8,8 +8,7 @@ from ternq.shown import Table, number, size
 
 Payload = Mapping[str, Any]
 EFFICIENCY = "efficiency"
-_C4, _GPTQ_BLOCKS = "c4", 256
-_OF_BLOCKS = ("token_perplexity", "kl_", "top1_", "block", "tokens")  # prefixes
+_OF_BLOCKS = ("token_perplexity", "kl_", "top1_", "block", "tokens", "drawn")  # prefixes
 HIDDEN = ("top1_agreement", "flips_lost", "flips_won")
 _COSTS = {
     "load_seconds": "load, s",
@@ -106,14 +105,17 @@ def words(metric: str) -> str:
 
 
 def _named(task: str, values: Payload, result: Payload) -> dict[str, Payload]:
-    """A task's values under the names that tables use: GPTQ's sample of C4 has its own."""
-    if task != _C4 or result.get("blocks", result.get("samples")) != _GPTQ_BLOCKS:
+    """A task's values under the names that tables use: blocks drawn from it have one of their own.
+
+    ``drawn`` says how, as in ``gptq256``: a token perplexity of those is no part of another.
+    """
+    if "drawn" not in result:
         return {task: values}
     sample = {k: v for k, v in values.items() if k.startswith(_OF_BLOCKS)}
     rest = {k: v for k, v in values.items() if k not in sample}
     if "samples" in values:
-        sample |= {"samples": _GPTQ_BLOCKS, "partial": False}
-    parts = {f"{_C4}@gptq{_GPTQ_BLOCKS}": sample, _C4: rest}
+        sample |= {"samples": result["blocks"], "partial": False}
+    parts = {f"{task}@{result['drawn']}": sample, task: rest}
     return {name: part for name, part in parts.items() if set(part) - {"samples", "partial"}}
 
 

@@ -422,6 +422,11 @@ def test_c4_is_drawn_from_the_whole_shard(tmp_path: Path, monkeypatch: pytest.Mo
     ids = gptq_sample([str(row["text"]) for row in rows], model.tokenizer, 64, 256)
     expected = token_perplexity(model.model, ids[: 5 * 64], 64)["token_perplexity"]
     assert own["token_perplexity"] == expected
+    assert "drawn" not in own  # of the 256 blocks only five were read
+    monkeypatch.setattr("ternq.tasks.C4_BLOCKS", 3)
+    monkeypatch.setattr("ternq.measure.C4_BLOCKS", 3)
+    whole = evaluate([model], tasks=["c4:token_perplexity"], data_dir=tmp_path)
+    assert whole["results"]["tiny"]["c4"]["drawn"] == "gptq3"
     lines = [str(event.message) for event in said if event.stage == "expect"]
     assert "c4: 5 blocks of 64 tokens, drawn as GPTQ draws them, about" in lines[1]
     assert "c4: the first 5 of 30 documents, about" in lines[2]

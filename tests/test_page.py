@@ -43,14 +43,16 @@ def evaluated(a: str = "base", b: str = "small", task: str = "piqa") -> dict[str
         "results": {
             a: {
                 "c4": {"token_perplexity": 10.0, "word_perplexity": 90.0, "samples": 1000,
-                       "blocks": 256, "partial": True},
+                       "blocks": 256, "drawn": "gptq256",
+                   "partial": True},
                 task: {"acc": 0.75, "acc_stderr": 0.0125, "samples": 400, "partial": False},
                 "efficiency": {"load_seconds": 0.5, "file_bytes": 2000, "samples": 1,
                                "partial": False},
             },
             b: {
                 "c4": {"token_perplexity": 20.0, "word_perplexity": 300.0, "samples": 1000,
-                       "blocks": 256, "partial": True},
+                       "blocks": 256, "drawn": "gptq256",
+                   "partial": True},
                 task: {"acc": 0.5, "acc_stderr": 0.025, "samples": 400, "partial": False},
                 "efficiency": {"load_seconds": 0.25, "file_bytes": 250, "samples": 1,
                                "partial": False},

@@ -68,13 +68,15 @@ COMPARED: dict[str, Any] = {
     "results": {
         "demo": {
             "c4": {"token_perplexity": 10.0, "word_perplexity": 80.0, "samples": 1000,
-                   "blocks": 256, "partial": True},
+                   "blocks": 256, "drawn": "gptq256",
+                   "partial": True},
             "arc_challenge": {"acc": 0.75, "acc_stderr": 0.0125, "samples": 1172,
                               "partial": False},
         },
         "demo-ternary": {
             "c4": {"token_perplexity": 12.5, "word_perplexity": 100.0, "samples": 1000,
-                   "blocks": 256, "partial": True},
+                   "blocks": 256, "drawn": "gptq256",
+                   "partial": True},
             "arc_challenge": {"acc": 0.5, "acc_stderr": 0.025, "samples": 1172,
                               "partial": False},
             "efficiency": {"load_seconds": 0.5, "file_bytes": 2_010_000,
@@ -192,8 +194,11 @@ def test_efficiency_has_a_table_of_its_own_with_sizes() -> None:
 @pytest.mark.parametrize(
     ("counts", "names"),
     [
-        ({"samples": 1000, "blocks": 256, "partial": True}, ["c4@gptq256", "c4"]),
-        ({"samples": 256, "partial": False}, ["c4@gptq256", "c4"]),
+        (
+            {"samples": 1000, "blocks": 256, "drawn": "gptq256", "partial": True},
+            ["c4@gptq256", "c4"],
+        ),
+        ({"samples": 256, "blocks": 256, "partial": True}, ["c4"]),
         ({"samples": 256, "blocks": 8, "partial": True}, ["c4"]),
         ({"samples": 8, "partial": True}, ["c4"]),
     ],
