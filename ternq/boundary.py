@@ -87,14 +87,13 @@ def run(
         error = _in_words(caught)
         if session.verbose:
             traceback.print_exc()
-    try:
-        _report(session)
-    except (OSError, TernqError) as caught:
-        error = _worse(error, caught)
-    try:
-        _report_junit(session, error)
-    except (OSError, TernqError) as caught:
-        error = _worse(error, caught)
+    for report in (_report, _report_junit):
+        try:
+            report(session, error)
+        except BrokenPipeError:
+            raise
+        except Exception as caught:  # what was measured is printed all the same
+            error = _worse(error, caught)
     if last:
         stop.ignore()
     return _end(session, error)
@@ -121,7 +120,7 @@ def _failed_gates(payload: Payload) -> list[str]:
     ]
 
 
-def _report(session: Session) -> None:
+def _report(session: Session, error: TernqError | None) -> None:
     """Show what the verb returned: in files, on stdout, or under ``--json`` on stderr."""
     if not session.finished:
         return

@@ -1,5 +1,6 @@
 """The files of --summary-md, --html and --junit: when they are written, and that they are whole."""
 
+import json
 import os
 import signal
 import stat
@@ -183,3 +184,17 @@ def test_a_link_stays_a_link_and_a_device_a_device() -> None:
         os.close(reader)
     assert Path("p.html").is_symlink() and Path("real/p.html").is_file()
     assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+
+
+def test_a_report_that_breaks_is_a_bug_that_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken_page(*_: Any) -> str:
+        raise ValueError("a chart without points")
+
+    monkeypatch.setattr(page, "page", broken_page)
+    assert run("--html p.html --junit j.xml --json", done) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["results"] == RESULT["results"]
+    assert found["error"]["type"] == "InternalError"
+    assert here() == ["j.xml"]
