@@ -108,13 +108,17 @@ def _invoke(app: typer.Typer, session: Session) -> None:
     if plan is False:
         raise ResourceError(session.payload.get("reason") or "This does not fit the machine.")
     if failed:
-        count = f"{len(failed)} of {len(session.payload['gates'])} gates"
+        gates = session.payload["gates"]
+        count = f"{len(failed)} of {len(gates)} gates" if len(gates) > 1 else "The gate"
         raise GateError(f"{count} failed: {', '.join(failed)}.")
 
 
 def _failed_gates(payload: Payload) -> list[str]:
+    from ternq.shown import number
+
     return [
-        " ".join(filter(None, (gate["name"], gate["task"])))
+        f"{' '.join(filter(None, (gate['name'], gate['task'])))} "
+        f"({number(gate['value'])}, limit {number(gate['limit'])})"
         for gate in payload.get("gates", ())
         if not gate["passed"]
     ]
@@ -122,11 +126,14 @@ def _failed_gates(payload: Payload) -> list[str]:
 
 def _report(session: Session, error: TernqError | None) -> None:
     """Show what the verb returned: in files, on stdout, or under ``--json`` on stderr."""
-    if not session.finished:
-        return
     from ternq import report
 
     payload = _shown(session)
+    if not session.finished:
+        if session.summary_md and error:
+            with session.summary_md.open("a", encoding="utf-8") as file:
+                file.write(report.markdown_error(payload, error.message, error.hint))
+        return
     if session.summary_md:
         with session.summary_md.open("a", encoding="utf-8") as file:
             file.write(report.markdown(payload))
@@ -199,6 +206,8 @@ def _envelope(session: Session, error: TernqError | None) -> Payload:
     }
     seconds = round(time.monotonic() - session.started, 3)
     own = {"seed": None, "duration_s": None, "model": None, "out": None, **session.payload}
+    if isinstance(own["model"], list) and len(own["model"]) == 1:
+        own["model"] = own["model"][0]
     return fixed | {k: v for k, v in own.items() if k not in fixed} | {"duration_s": seconds}
 
 
@@ -299,7 +308,7 @@ def _check_writable(session: Session) -> None:
     """Fail before the work, not after it, where a report cannot be written."""
     paths = list(filter(None, (session.summary_md, session.html, session.junit)))
     if len({path.resolve() for path in paths}) < len(paths):
-        session.junit = None
+        session.summary_md = session.junit = None
         raise UsageMistake("Two reports name the same file.", "Give each its own.")
     for path in paths:
         _make_folder(path)
@@ -316,7 +325,10 @@ def _check_writable(session: Session) -> None:
 
 def _make_folder(path: Path) -> None:
     if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as below /proc, where nothing can be made
+            raise ResourceError(f"{path.parent} cannot be made.") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -42,6 +42,10 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `| head` has read enough: end as any Unix program does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: stdout cannot be written: {error.strerror}.", file=sys.stderr)
+        status = 4
     sys.exit(status)
 
 
@@ -104,7 +108,8 @@ def ternarize(
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
     made = _recipe(model, recipe, seed, settings)
     gates = _gates(settings)
-    _warn_of_gates(gates, _names(settings["tasks"] or ""), progress)
+    tasks = _names(settings["tasks"])
+    _warn_of_gates(gates, tasks, progress)
     world = _world(device, settings) | {"progress": progress}
     if plan:
         return _plan(made, _path(out), world | {"overwrite": overwrite})
@@ -119,7 +124,7 @@ def ternarize(
         time_limit=time_limit,
         keep_dtype=keep_dtype,
         embeddings=embeddings,
-        tasks=_names(settings["tasks"] or ""),
+        tasks=tasks,
         limit=_limit(settings["limit"]),
         data_dir=settings["data_dir"],
         made=_made(),
@@ -298,13 +303,14 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str,
+        list[str] | None,
         options.option(
             "--tasks",
             metavar="NAME,...",
+            show_default="wikitext",
             help="wikitext, c4, ptb, lm-eval's, a suite, a text file; NAME:METRIC.",
         ),
-    ] = "wikitext",
+    ] = None,
     limit: options.Documents = None,
     num_fewshot: Annotated[
         int | None,
@@ -344,17 +350,18 @@ def evaluate(
 ) -> Payload:
     """Measure models: perplexities and lm-eval tasks."""
     gates = _gates(settings)
-    _warn_of_gates(gates, _names(tasks), progress)
+    names = _names(tasks) or ("wikitext",)
+    _warn_of_gates(gates, names, progress, baseline is not None)
     models = model or [_newest()]
     from ternq.places import refuse_offline
 
-    refuse_offline(_names(tasks), data_dir, settings["offline"])  # before anything is imported
+    refuse_offline(names, data_dir, settings["offline"])  # before anything is imported
     from ternq.cache import default_folder
     from ternq.evaluate import evaluate as verb
 
     result = verb(
         models,
-        tasks=_names(tasks),
+        tasks=names,
         baseline=baseline,
         limit=_limit(limit),
         num_fewshot=num_fewshot,
@@ -450,9 +457,10 @@ def _world(device: str | None, settings: Payload) -> Payload:
     return {"device": device} | {k: settings[k] for k in ("offline", "trust_remote_code")}
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    return tuple(filter(None, (name.strip() for name in text.split(","))))
+def _names(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """The names in lists with commas."""
+    names = (name.strip() for text in texts or () for name in text.split(","))
+    return tuple(filter(None, names))
 
 
 def _limit(text: str | None) -> Any:
@@ -536,12 +544,17 @@ def _judged_training(gates: list[Any], model: str, result: Payload) -> list[Payl
     return check(gates, student, weights, teacher)
 
 
-def _warn_of_gates(gates: Sequence[Any], tasks: Sequence[str], progress: Progress) -> None:
-    """Say before the work which gates will fail because their task is not measured."""
+def _warn_of_gates(
+    gates: Sequence[Any], tasks: Sequence[str], progress: Progress, baseline: bool = True
+) -> None:
+    """Say before the work which gates will fail because what they look at is not measured."""
     from ternq.suites import expand
 
     names = {name.partition(":")[0] for name in expand(tuple(tasks))} | {*tasks, "held-out"}
     for gate in gates:
+        if gate.kind in ("ppl-ratio-above", "acc-drop-above") and not baseline:
+            said = f"--{gate.name} compares with a --baseline, and none is given: it will fail."
+            progress(Event("gates", said, level="warning"))
         task = gate.task
         if task and task not in names and not any(task.startswith(f"{name}_") for name in names):
             said = f"--{gate.name} names '{task}', which is not among --tasks: it will fail."

@@ -86,7 +86,7 @@ def evaluate(
     prompts = next((PROMPTS[str(n)] for n in names if n in PROMPTS), PROMPTS[""])
     run = _Run(jobs, asked, meter, prompts if samples else (), progress)
     if stored:
-        run.refuse_settings(stored["settings"])
+        run.refuse(str(baseline), stored)
     for subject in subjects:
         for one in (reference, subject):  # a baseline is measured first
             if one is not None:
@@ -144,12 +144,20 @@ class _Run:
         self._progress(Event("samples", f"Samples of text by {subject.name}"))
         return {prompt: continued(subject.loaded, prompt) for prompt in self._prompts}
 
-    def refuse_settings(self, theirs: Mapping[str, Any] | None) -> None:
-        """`RecipeError` where a baseline's results were made with other settings."""
+    def refuse(self, name: str, stored: Mapping[str, Any]) -> None:
+        """`RecipeError` where a file's results are of other tasks, or made with other settings."""
+        described = self._meter.described
+        if described and not set(described) & set(stored["results"]):
+            raise RecipeError(
+                f"The baseline '{name}' has none of these tasks, but "
+                f"{', '.join(stored['results']) or 'nothing'}.",
+                "Name results of the same tasks.",
+            )
+        theirs = stored["settings"]
         if theirs is None:
             self._say("The settings that the baseline's results were made with are not recorded.")
             return
-        own = asdict(self._asked) | {"tasks": self._meter.described}
+        own = asdict(self._asked) | {"tasks": described}
         if found := compare.other_settings(own, theirs):
             raise RecipeError(
                 f"The baseline was made with other settings: {'; '.join(found)}.",
@@ -160,8 +168,6 @@ class _Run:
         self, subject: Subject, name: str, base: compare.Results, answers: Mapping[str, str]
     ) -> None:
         """Differences, ratios and flips."""
-        if not set(subject.results) & set(base):
-            self._say(f"The baseline '{name}' has none of these tasks.")
         found = compare.compare(subject.results, base, subject.answers, answers)
         self._comparison[subject.name] = found
         for task, values in subject.results.items():

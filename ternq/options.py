@@ -284,7 +284,7 @@ def output(
 
 def measures(
     tasks: Annotated[
-        str | None,
+        list[str] | None,
         option(
             "--tasks", panel=OUTPUT, metavar="NAME,...", help="Measure both models; see ternq eval."
         ),

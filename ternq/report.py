@@ -91,6 +91,13 @@ def markdown(payload: Payload) -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def markdown_error(payload: Payload, message: str, hint: str | None) -> str:
+    """What ended a command before it had a result, as Markdown."""
+    parts = (f"**error**: {_escape(message)}", _escape(hint) if hint else "")
+    title = f"## ternq {payload.get('command')}: {_escape(names(payload.get('model')))}"
+    return "\n\n".join(filter(None, (title, *parts))) + "\n\n"
+
+
 def tables(payload: Payload) -> Iterator[Table]:
     """What can be compared."""
     if "plan" in payload:

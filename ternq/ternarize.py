@@ -162,6 +162,7 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
             f"'{out}' was made with another recipe ({'; '.join(found) or 'other options'}).",
             "Choose another -o, or pass --overwrite.",
         )
+    checkpoint.verify_files(out)  # what is finished must also be whole
     report = out.with_name(out.name + ".report") / REPORT
     if report.is_file():
         return checkpoint.read_json(report)

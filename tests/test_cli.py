@@ -440,6 +440,50 @@ def test_gates_of_ternarize_see_the_tasks_that_were_measured(
     assert drop["value"] == pytest.approx(0.15)
 
 
+def test_the_message_of_a_gate_has_its_numbers(
+    fake: Callable[..., Fake], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("ternarize")
+    for gates, said in (
+        ("--fail-if-bpw-above 1.8", "The gate failed: fail-if-bpw-above (1.85, limit 1.8)."),
+        ("--fail-if-bpw-above 1.8 --fail-if-ppl-above 99", "1 of 2 gates failed: fail-if-bpw"),
+    ):
+        _, payload = run_json(capsys, "ternarize", "demo", *gates.split())
+        assert payload["error"]["message"].startswith(said)
+
+
+def test_a_gate_without_the_baseline_it_compares_with_is_said_first(
+    fake: Callable[..., Fake], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("eval", {"results": {"a": {"piqa": {"acc": 0.5}}}})
+    assert run("eval a --tasks piqa --fail-if-acc-drop-above 0.1 -q") == 5
+    assert "compares with a --baseline, and none is given" in capsys.readouterr().err
+
+
+def test_tasks_may_be_named_one_by_one(fake: Callable[..., Fake]) -> None:
+    verb = fake("eval", {"results": {"a": {}}})
+    assert run("eval a --tasks piqa,sciq --tasks c4") == 0
+    assert verb.options["tasks"] == ("piqa", "sciq", "c4")
+
+
+def test_one_model_is_named_as_one_also_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    status, payload = run_json(capsys, "eval", "./none", "--tasks", "piqa", "--offline")
+    assert (status, payload["model"]) == (3, "./none")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_stdout_is_said_in_words(tmp_path: Path) -> None:
+    for option in ("--json", "--help-all"):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "ternq", "eval", "./none", option],
+                stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            )  # fmt: skip
+        assert done.returncode == 4
+        assert "stdout cannot be written" in done.stderr or "no space is left" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_gate_on_a_task_that_is_not_measured_is_said_first(
     fake: Callable[..., Fake], capsys: pytest.CaptureFixture[str]
 ) -> None:

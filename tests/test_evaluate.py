@@ -596,6 +596,10 @@ def test_results_in_a_file_are_a_baseline(
         evaluate([own], baseline=str(file), **options, num_fewshot=1)
     other = evaluate([own], baseline=str(file), **options | {"tasks": ["piqa"]})
     assert set(other["comparison"]["own"]) == {"piqa"}
+    text = tmp_path / "other.txt"
+    text.write_text(tiny.text(99))
+    with pytest.raises(RecipeError, match="has none of these tasks, but wikitext, piqa"):
+        evaluate([own], baseline=str(file), tasks=[str(text)])
 
 
 def test_two_models_of_one_name_are_refused(data_dir: Path) -> None:

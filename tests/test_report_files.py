@@ -198,3 +198,14 @@ def test_a_report_that_breaks_is_a_bug_that_loses_nothing(
     assert found["results"] == RESULT["results"]
     assert found["error"]["type"] == "InternalError"
     assert here() == ["j.xml"]
+
+
+def test_what_ends_a_command_stands_in_the_summary() -> None:
+    assert run("--summary-md s.md", broken) == 3
+    said = Path("s.md").read_text(encoding="utf-8")
+    assert said == "## ternq eval: m\n\n**error**: There is no data.\n\nName some.\n\n"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder where nothing can be made")
+def test_a_folder_that_cannot_be_made_is_said_in_words() -> None:
+    assert run("--html /proc/none/p.html", lambda: pytest.fail("the work began")) == 4

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from ternq import corpus, train
 from ternq import ternarize as verbs
 from ternq.distill import distill
-from ternq.errors import InputError, RecipeError
+from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.files import sha256
 from ternq.pack import pack
 from ternq.report import number
@@ -65,6 +65,9 @@ def test_a_finished_output_without_its_report_is_still_finished(
     assert checkpoints.contents(tmp_path / "out") == before
     with pytest.raises(RecipeError, match="another recipe"):
         make(keep_dtype=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(VerificationError, match="config.json has 2 bytes"):
+        make()
 
 
 @pytest.mark.parametrize("out", ["model", "model/"])
