@@ -124,6 +124,8 @@ def folder_of(model: str, scratch: Path) -> Path:
     if path.suffix != ".gguf":
         return path.resolve()
     loaded = load(str(path), offline=True)
+    loaded.model.hf_quantizer = None  # it is dense now, and would not be saved otherwise
+    loaded.model.config.__dict__.pop("quantization_config", None)
     loaded.model.save_pretrained(scratch / "model")
     loaded.tokenizer.save_pretrained(scratch / "model")
     return scratch / "model"
