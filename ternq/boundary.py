@@ -116,8 +116,10 @@ def _invoke(app: typer.Typer, session: Session) -> None:
 def _failed_gates(payload: Payload) -> list[str]:
     from ternq.shown import number
 
+    several = len({gate.get("model") for gate in payload.get("gates", ())}) > 1
+    keys = ("name", "task", "model") if several else ("name", "task")
     return [
-        f"{' '.join(filter(None, (gate['name'], gate['task'])))} "
+        f"{' '.join(filter(None, map(gate.get, keys)))} "
         f"({number(gate['value'])}, limit {number(gate['limit'])})"
         for gate in payload.get("gates", ())
         if not gate["passed"]

@@ -314,12 +314,16 @@ def evaluate(
     limit: options.Documents = None,
     num_fewshot: Annotated[
         int | None,
-        options.option("--num-fewshot", metavar="N", help="Examples before each question."),
+        options.option("--num-fewshot", metavar="N", min=0, help="Examples before each question."),
     ] = None,
     batch_size: Annotated[
         int | None,
         options.option(
-            "--batch-size", metavar="N", show_default="what memory allows", help="Texts at once."
+            "--batch-size",
+            metavar="N",
+            min=1,
+            show_default="what memory allows",
+            help="Texts at once.",
         ),
     ] = None,
     max_length: Annotated[
@@ -459,8 +463,8 @@ def _world(device: str | None, settings: Payload) -> Payload:
 
 def _names(texts: Sequence[str] | None) -> tuple[str, ...]:
     """The names in lists with commas."""
-    names = (name.strip() for text in texts or () for name in text.split(","))
-    return tuple(filter(None, names))
+    whole = [[text] if Path(text).is_file() else text.split(",") for text in texts or ()]
+    return tuple(filter(None, (name.strip() for names in whole for name in names)))
 
 
 def _limit(text: str | None) -> Any:
@@ -514,16 +518,12 @@ def _gates(settings: Payload) -> list[Any]:
 
 
 def _judged(gates: list[Any], name: str, result: Payload) -> list[Payload]:
-    """Every gate on one model of an evaluation; its size is that of the artefact's files."""
+    """Every gate on one model of an evaluation; its size is that of all its files."""
     from ternq.compare import comparable
     from ternq.gates import check
-    from ternq.publish import MANIFEST, read_manifest
 
-    folder = Path(name)
-    weights = {}
-    if gates and (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        weights = manifest.get("weights", {}) | {"bytes": _size(manifest["files"])}
+    known = result.get("models", {}).get(name, {})
+    weights = known | {"bytes": known.get("file_bytes")}
     own, base = (result["results"].get(one, {}) for one in (name, result.get("baseline")))
     rows = check(gates, own, weights, comparable(own, base))
     return [{**row, "model": name} for row in rows]

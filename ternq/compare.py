@@ -14,6 +14,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 _SIZES = ("blocks", "block_length", "tokens")
 _SETTINGS = {
+    "dtype": "--dtype",
     "limit": "--limit",
     "num_fewshot": "--num-fewshot",
     "max_length": "--max-length",
@@ -61,6 +62,8 @@ def other_blocks(own: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
 
 def other_settings(own: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     """What two ``settings`` say differently that results depend on, in words."""
+    if "c4" not in own.get("tasks", {}):  # of which it takes a part where no limit is given
+        own, base = _all_by_default(own), _all_by_default(base)
     found = [
         f"{flag} {_said(base[name])} there, {_said(own.get(name))} here"
         for name, flag in _SETTINGS.items()
@@ -134,6 +137,10 @@ def _of_task(task: str, own: Any, base: Any) -> Iterator[str]:
     for name in ("version", *_HASHES):
         if name in base and name in own and base[name] != own[name]:
             yield f"{task}: " + _HASHES.get(name, f"version {base[name]} there, {own[name]} here")
+
+
+def _all_by_default(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if (k, v) == ("limit", "all") else v for k, v in settings.items()}
 
 
 def _said(value: Any) -> str:

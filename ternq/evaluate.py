@@ -9,6 +9,7 @@ and a baseline that was measured before costs nothing.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ _KL_BLOCKS = 16  # the baseline reads them once more for every model: enough for
 
 
 def evaluate(
-    models: Sequence[str | Loaded],
+    models: str | Loaded | Sequence[str | Loaded],
     *,
-    tasks: Sequence[str] = ("wikitext",),
+    tasks: str | Sequence[str] = ("wikitext",),
     text: Sequence[str | Path] = (),
     baseline: str | Loaded | None = None,
     limit: Limit = None,
@@ -69,19 +70,23 @@ def evaluate(
     Raises `RecipeError` for an unknown task and a baseline made with other settings, and
     `InputError` for missing models, texts and data.
     """
-    _check(limit, max_length)
+    models = [models] if isinstance(models, str | Loaded) else models
+    tasks = tasks.split(",") if isinstance(tasks, str) else tasks
+    _check(limit, max_length, batch_size, num_fewshot)
     stored = _stored(baseline)
     jobs = jobs or load_jobs((*tasks, *map(str, text)), data_dir, offline, progress)
     if not jobs or not models:
         raise RecipeError("Nothing to evaluate.", "Name a model and a task.")
-    asked = Asked(limit, num_fewshot, max_length or BLOCK, batch_size, chat, seed)
     world = World(device, dtype, offline, trust_remote_code)
-    suites = [name for name in tasks if name in SUITES]
-    meter = Meter(jobs, suites, asked, world, Cache(cache, progress), progress)
     subjects = _subjects(models, world, progress)
     reference = next((s for s in subjects if s.name == _name(baseline)), None)
     if reference is None and baseline is not None and stored is None:
         reference = Subject(baseline, world, progress)
+    for model in (*subjects, *([reference] if reference else [])):
+        model.check()
+    asked = Asked(limit, num_fewshot, max_length or BLOCK, batch_size, chat, seed)
+    suites = [name for name in tasks if name in SUITES]
+    meter = Meter(jobs, suites, asked, world, Cache(cache, progress), progress)
     names = [*(s.name for s in subjects), _name(baseline)]
     prompts = next((PROMPTS[str(n)] for n in names if n in PROMPTS), PROMPTS[""])
     run = _Run(jobs, asked, meter, prompts if samples else (), progress)
@@ -100,11 +105,13 @@ def evaluate(
             run.diagnose(subject, reference)
         if subject is not reference:
             subject.release()
+    run.compare_blocks(subjects)
     found = run.payload(subjects, _name(baseline))
     if stored:
         found["results"][str(baseline)] = stored["results"]
     elif reference is not None:
         found["results"][reference.name] = reference.results
+        found["answers"][reference.name] = reference.answers
     return found
 
 
@@ -157,7 +164,7 @@ class _Run:
         if theirs is None:
             self._say("The settings that the baseline's results were made with are not recorded.")
             return
-        own = asdict(self._asked) | {"tasks": described}
+        own = asdict(self._asked) | self._meter.world | {"tasks": described}
         if found := compare.other_settings(own, theirs):
             raise RecipeError(
                 f"The baseline was made with other settings: {'; '.join(found)}.",
@@ -176,6 +183,16 @@ class _Run:
                     f"{task}: the token perplexities of {subject.name} and {name} cannot be "
                     f"compared ({'; '.join(differ)})."
                 )
+
+    def compare_blocks(self, subjects: Sequence[Subject]) -> None:
+        """Say which token perplexities of several models may not be compared with one another."""
+        for first, other in combinations(subjects, 2):
+            for task, values in first.results.items():
+                if differ := compare.other_blocks(values, other.results.get(task, {})):
+                    self._say(
+                        f"{task}: the token perplexities of {first.name} and {other.name} cannot "
+                        f"be compared ({'; '.join(differ)})."
+                    )
 
     def diverge(self, subject: Subject, base: Subject) -> None:
         """How far the distributions are apart, on the first blocks of each text."""
@@ -243,11 +260,18 @@ class _Run:
         return found | ({"layers": self._layers} if self._layers else {})
 
 
-def _check(limit: Limit, max_length: int | None) -> None:
-    if isinstance(limit, int) and limit < 1:
+def _check(limit: Limit, max_length: Any, batch_size: Any, num_fewshot: Any) -> None:
+    """`RecipeError` for numbers that mean nothing."""
+    if limit not in (None, "all") and not _whole(limit, 1):
         raise RecipeError(f"--limit is {limit}; it is at least 1, or 'all'.")
-    if max_length is not None and max_length < 2:
-        raise RecipeError(f"--max-length is {max_length}; it is at least 2.")
+    least = {"--max-length": (max_length, 2), "--batch-size": (batch_size, 1)}
+    for name, (value, low) in (least | {"--num-fewshot": (num_fewshot, 0)}).items():
+        if value is not None and not _whole(value, low):
+            raise RecipeError(f"{name} is {value}; it is a whole number, at least {low}.")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _subjects(models: Sequence[str | Loaded], world: World, progress: Progress) -> list[Subject]:
@@ -262,7 +286,9 @@ def _subjects(models: Sequence[str | Loaded], world: World, progress: Progress) 
 
 def _stored(baseline: str | Loaded | None) -> dict[str, Any] | None:
     """The results in a baseline's file; None where it is a model."""
-    if not isinstance(baseline, str) or not baseline.endswith(".json"):
+    if not isinstance(baseline, str) or baseline.lower().endswith(".gguf"):
+        return None
+    if not (baseline.endswith(".json") or Path(baseline).is_file()):
         return None
     return compare.from_file(read_json(Path(baseline)), baseline)
 

@@ -66,7 +66,20 @@ def parse_gates(
         gates.append(Gate("size-above", _bytes(size_above)))
     if bpw_above is not None:
         gates.append(Gate("bpw-above", _number("bpw-above", str(bpw_above))))
+    for gate in gates:
+        _check_range(gate)
     return gates
+
+
+def _check_range(gate: Gate) -> None:
+    """Refuse a limit that no value could miss, or meet: an accuracy in percent, a size below 0."""
+    if gate.kind in ("acc-below", "acc-drop-above"):
+        if not 0 <= gate.limit <= 1:
+            raise RecipeError(
+                f"--{gate.name}: {gate.limit:g} is no accuracy.", "It is a fraction from 0 to 1."
+            )
+    elif not 0 < gate.limit < math.inf:
+        raise RecipeError(f"--{gate.name}: {gate.limit:g} is not a finite number above 0.")
 
 
 def check(

@@ -181,10 +181,15 @@ def n_documents(leaf: Any, limit: int | None) -> int:
     return whole if limit is None else min(limit, whole)
 
 
-def digest(leaf: Any, limit: int | None) -> str:
-    """What a task asks: a hash of its documents, so that other data is not taken for the same."""
+def digest(leaf: Any, settings: Settings) -> str:
+    """What a task asks: a hash of its documents, so that other data is not taken for the same.
+
+    Where examples go before the questions, what they are drawn from counts too.
+    """
     found = hashlib.blake2b(digest_size=16)
-    for document in itertools.islice(leaf.eval_docs, n_documents(leaf, limit)):
+    asked = itertools.islice(leaf.eval_docs, n_documents(leaf, settings.limit))
+    shots = _shots(leaf, settings.num_fewshot)
+    for document in itertools.chain(asked, (leaf.fewshot_docs() or ()) if shots else ()):
         text = json.dumps(document, sort_keys=True, default=str, ensure_ascii=False)
         found.update(text.encode("utf-8", errors="surrogatepass"))
     return found.hexdigest()
@@ -196,9 +201,7 @@ def expected_tokens(leaf: Any, tokenizer: Any, settings: Settings) -> int:
     Of generated text the longest is counted, so it takes at most that.
     """
     with _quiet():
-        shots = leaf.get_config("num_fewshot")
-        if shots is None or (settings.num_fewshot is not None and shots != 0):
-            leaf.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+        leaf.set_config(key="num_fewshot", value=_shots(leaf, settings.num_fewshot))
         leaf.set_fewshot_seed(seed=settings.seed)
         count = n_documents(leaf, settings.limit)
         leaf.build_all_requests(limit=min(count, _PROBED))
@@ -206,9 +209,20 @@ def expected_tokens(leaf: Any, tokenizer: Any, settings: Settings) -> int:
     return tokens * count // max(1, min(count, _PROBED))
 
 
+def _shots(leaf: Any, asked: int | None) -> int:
+    """Examples before each question: as asked, but none where a task's authors have it so."""
+    own = leaf.get_config("num_fewshot")
+    return int((own if asked is None or own == 0 else asked) or 0)
+
+
 def ignores_shots(leaf: Any, asked: int | None) -> bool:
-    """Whether a task takes no examples, whatever is asked for: its authors have it so."""
-    return bool(asked) and leaf.get_config("num_fewshot") == 0
+    """Whether a task takes no examples, whatever is asked for."""
+    return bool(asked) and _shots(leaf, asked) == 0
+
+
+def metrics(leaf: Any) -> set[str]:
+    """The names of what a task measures."""
+    return set(leaf.aggregation())
 
 
 def generates(leaf: Any) -> bool:
@@ -386,7 +400,9 @@ def _adapter(
                         f"'{loaded.name}' reads {length} at most."
                     )
                 longest = max(len(context) + len(rest) for _, context, rest in requests)
-                self._expect(len(requests), min(longest, length))
+                # answers of one token after one text are read off one pass
+                passes = {(*context, *rest[:-1]) for _, context, rest in requests}
+                self._expect(len(passes), min(longest, length))
             found = super()._loglikelihood_tokens(requests, True, override_bs)
             self.not_finite |= not all(math.isfinite(value) for value, _ in found)
             return found

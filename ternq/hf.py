@@ -143,6 +143,20 @@ def local_path(model: str) -> Path | None:
     return None
 
 
+def refuse_no_model(model: str, path: Path) -> None:
+    """`InputError` where a folder or file is no model, as far as its names tell."""
+    if not (path / RUN_FILE).is_file():
+        _where(model, path)
+
+
+def refuse_not_cached(model: str) -> None:
+    """`InputError` where the hub's cache has no model of this name."""
+    from huggingface_hub import hf_hub_download
+
+    with _in_words(model, offline=True):
+        hf_hub_download(model, "config.json", local_files_only=True)
+
+
 def model_folder(model: str, path: Path | None, offline: bool) -> Path:
     """The folder of a dense checkpoint: ``path``, or the hub's files in the local cache.
 

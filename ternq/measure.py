@@ -90,7 +90,10 @@ class Meter:
     ) -> None:
         self._jobs, self._suites, self._asked, self._world = jobs, suites, asked, world
         self._cache, self._progress = cache, progress
-        self._parts = [part for job in jobs for part in self._parts_of(job)]
+        for job in jobs:
+            _check_metrics(job)
+        parts = [part for job in jobs for part in self._parts_of(job)]
+        self._parts = list({(part.task, part.what): part for part in parts}.values())
         self._encoded: WeakKeyDictionary[Any, dict[tuple[str, int], Tensor]] = WeakKeyDictionary()
         self.cached: list[list[str]] = []
         self.described: dict[str, Values] = {}
@@ -114,7 +117,9 @@ class Meter:
                 self.cached.append([subject.name, part.task])
             self._note(subject, part, found)
         for job in self._jobs:
-            _finish(job, subject.results)
+            _aggregate(job, subject.results)
+        for name, values in subject.results.items():
+            _only([job.metrics for job in self._jobs if name in job.names], values)
         for suite in self._suites:
             _suite(suite, subject.results)
 
@@ -175,7 +180,8 @@ class Meter:
             if count == whole
             else (f"the first {count:,} of {whole:,} documents")
         )
-        described = {"version": leaf.VERSION, "data": harness.digest(leaf, limit)}
+        settings = harness.Settings(0, limit, asked.num_fewshot)
+        described = {"version": leaf.VERSION, "data": harness.digest(leaf, settings)}
         return Part(name, "lm-eval", described, extent, run, tokens)
 
     def ids(self, job: Job, loaded: Loaded, length: int) -> Tensor:
@@ -231,7 +237,8 @@ class Meter:
     @property
     def world(self) -> dict[str, str]:
         """Where, and in which numbers, models are computed."""
-        dtype = str(self._world.dtype or "default").removeprefix("torch.")
+        usual = "float32" if self._world.device == "cpu" else "the model's own"
+        dtype = str(self._world.dtype or usual).removeprefix("torch.")
         return {"device": self._world.device, "dtype": dtype}
 
     def _key(self, subject: Subject, part: Part) -> Values:
@@ -249,7 +256,7 @@ class Meter:
         tokens = [part.tokens(loaded) for part in parts]
         lines = [f"{subject.name} reads about {rate:,.0f} tokens a second:"]
         for part, count in zip(parts, tokens, strict=True):
-            blocks = f"{count // length:,} blocks of {length:,} tokens"
+            blocks = f"{count // length or 1:,} blocks of {min(count, length):,} tokens"
             extent = (blocks if part.what == TOKEN_PERPLEXITY else "") + part.extent
             lines.append(f"  {part.task}: {extent}, about {duration(count / rate)}")
         if len(parts) > 1:
@@ -265,28 +272,34 @@ class Meter:
             )
 
 
-def _finish(job: Job, results: dict[str, Values]) -> None:
-    """The scores of groups, of the tasks in them; and the metric alone that was asked for."""
+def _check_metrics(job: Job) -> None:
+    """`RecipeError` for a metric that a task has not, before anything is measured."""
+    leaves = job.task.leaves.values() if job.task else ()
+    known = {TOKEN_PERPLEXITY} if job.text is not None else set()
+    known |= {metric for leaf in leaves for metric in harness.metrics(leaf)}
+    for metric in job.metrics:
+        if metric.partition("@")[0] not in known:
+            raise RecipeError(
+                f"Task '{job.name}' has no metric '{metric}'.",
+                f"It has {', '.join(sorted(known))}." if known else None,
+            )
+
+
+def _aggregate(job: Job, results: dict[str, Values]) -> None:
+    """The scores of a task's groups, of those of the tasks in them."""
     if job.task is not None and job.task.groups:
         own = {name: results[name] for name in job.task.leaves}
         results |= harness.aggregate(job.task, own)
-    if job.metrics:
-        names = {job.name, *(job.task.leaves | job.task.groups if job.task else ())}
-        _only(job, {name: results[name] for name in names if name in results})
 
 
-def _only(job: Job, found: Mapping[str, Values]) -> None:
-    """Keep the metrics that were asked for."""
-    for metric in job.metrics:
-        if not any(metric in values for values in found.values()):
-            has = sorted({name for values in found.values() for name in values} - {*_COUNTS})
-            raise RecipeError(
-                f"Task '{job.name}' has no metric '{metric}'.", f"It has {', '.join(has)}."
-            )
-    wanted = {*job.metrics, *(f"{metric}_stderr" for metric in job.metrics), *_COUNTS}
-    for values in found.values():
-        for key in set(values) - wanted:
-            del values[key]
+def _only(asked: Sequence[tuple[str, ...]], values: Values) -> None:
+    """Keep the metrics that any job asked for; one that named none asked for all."""
+    if not asked or not all(asked):
+        return
+    names = {metric for metrics in asked for metric in metrics}
+    wanted = names | {f"{metric}_stderr" for metric in names} | {*_COUNTS}
+    for key in set(values) - wanted:
+        del values[key]
 
 
 def _suite(name: str, results: dict[str, Values]) -> None:

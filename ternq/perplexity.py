@@ -122,18 +122,18 @@ def block_losses(model: nn.Module, ids: Tensor) -> Tensor:
 def tokens_per_second(model: Any, length: int, seconds: float = 1.0) -> float:
     """Tokens a model reads in a second: batches that grow until one takes ``seconds``.
 
-    The last one is measured, so that what a first pass sets up does not count where it is short.
+    The last one counts, never the first, which sets things up.
     """
     rows = rows_that_fit(model, length)
-    count = min(64, length)
+    count, first = min(64, length), True
     while True:
         ids = torch.zeros(max(1, count // length), min(count, length), dtype=torch.int64)
         start = time.perf_counter()
         float(model(ids.to(_device(model)), use_cache=False).logits[0, 0, 0])  # waits for a GPU
         took = time.perf_counter() - start
-        if took > seconds or count >= rows * length:
+        if not first and (took > seconds or count >= rows * length):
             return ids.numel() / took
-        count = min(4 * count, rows * length)
+        count, first = count if first else min(4 * count, rows * length), False
 
 
 def rows_that_fit(model: Any, length: int) -> int:

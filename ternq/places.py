@@ -3,6 +3,8 @@
 What can be said without importing anything heavy is said at once.
 """
 
+import functools
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,24 +41,53 @@ _BUILDERS = {"json", "csv", "parquet", "text", "arrow"}
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
+def split(name: str) -> tuple[str, str | None]:
+    """A task and the metric after its last colon, where there is one; names of files have colons.
+
+    >>> split("piqa:acc"), split("./a:b.txt")
+    (('piqa', 'acc'), ('./a:b.txt', None))
+    """
+    task, _, metric = name.rpartition(":")
+    if not task or Path(name).expanduser().exists():
+        return name, None
+    known = not looks_local(name) or Path(task).expanduser().exists()
+    return (task, metric) if known else (name, None)
+
+
 def is_text(name: str) -> bool:
-    """Whether a task is a local text, not the name of something."""
-    if name in TEXTS:
-        return False
-    return looks_local(name) or Path(name).expanduser().is_file()
+    """Whether a task, without its metric, is a local text and not the name of something."""
+    if looks_local(name):
+        return True
+    return name not in TEXTS and not _of_lm_eval(name) and Path(name).expanduser().exists()
+
+
+@functools.cache
+def _folders() -> frozenset[str]:
+    """lm-eval's folders of tasks, without importing it."""
+    found = importlib.util.find_spec("lm_eval")
+    places = found.submodule_search_locations or () if found else ()
+    return frozenset(p.name for place in places for p in Path(place, "tasks").iterdir())
+
+
+def _of_lm_eval(name: str) -> bool:
+    """Whether lm-eval has a folder that a task of this name may be in."""
+    parts = name.split("_")
+    return any("_".join(parts[:n]) in _folders() for n in range(1, len(parts) + 1))
 
 
 def refuse_offline(
     tasks: Sequence[str], data_dir: str | Path | None = None, offline: bool = False
 ) -> None:
     """`InputError` where a task's data can only be on the hub, and the hub is out of reach."""
-    names = [name.partition(":")[0] for name in expand(tuple(tasks)) if not is_text(name)]
-    names = [name for name in names if name != EFFICIENCY]
+    names = [split(name)[0] for name in expand(tuple(tasks))]
+    names = [name for name in names if name != EFFICIENCY and not is_text(name)]
     if data_dir is not None or not names or not is_offline(offline):
         return
     os.environ["HF_HUB_OFFLINE"] = "1"  # where no network was found, nothing is to wait for it
+    kept = any(_cache().glob("*___*"))
     for name in names:
-        kept = any(_cache().glob("*___*"))
+        if name not in TEXTS and not _of_lm_eval(name):
+            continue  # mistyped, perhaps: lm-eval knows better
         if not kept or (name in TEXTS and not _cached(TEXTS[name]["dataset_path"])):
             raise _offline(name)
 

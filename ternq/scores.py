@@ -9,6 +9,7 @@ from ternq.shown import Table, number, size
 Payload = Mapping[str, Any]
 EFFICIENCY = "efficiency"
 _OF_BLOCKS = ("token_perplexity", "kl_", "top1_", "block", "tokens", "drawn")  # prefixes
+_STORED = ("bytes", "file_bytes")
 HIDDEN = ("top1_agreement", "flips_lost", "flips_won")
 _COSTS = {
     "load_seconds": "load, s",
@@ -126,11 +127,13 @@ def _models(models: Mapping[str, Payload]) -> Table:
             str(known.get("kind") or "–"),
             number(known.get("parameters")),
             *(_bits(known.get(key)) for key in ("bpw_linear", "bpw_total")),
-            "–" if known.get("bytes") is None else size(known["bytes"]),
+            *("–" if known.get(key) is None else size(known[key]) for key in _STORED),
         )
         for name, known in models.items()
     ]
-    return Table("Models", ("", "kind", "parameters", "bits: linears", "bits: all", "size"), rows)
+    return Table(
+        "Models", ("", "kind", "parameters", "bits: linears", "bits: all", "weights", "files"), rows
+    )
 
 
 def _bits(value: Any) -> str:

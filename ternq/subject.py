@@ -13,6 +13,7 @@ from ternq.files import sha256
 from ternq.hf import Loaded
 from ternq.progress import Progress, ignore
 from ternq.publish import MANIFEST, read_manifest
+from ternq.text import is_offline
 from ternq.weights import weights_summary
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -50,6 +51,15 @@ class Subject:
             return hf.load(self.model, **vars(self.world), progress=self.progress)
         return self.model
 
+    def check(self) -> None:
+        """`InputError` where the model cannot be there, before anything is measured of another."""
+        if not isinstance(self.model, str):
+            return
+        if (path := hf.local_path(self.model)) is not None:
+            hf.refuse_no_model(self.model, path)
+        elif is_offline(self.world.offline):
+            hf.refuse_not_cached(self.model)
+
     def release(self) -> None:
         """Let go of the live model."""
         self.__dict__.pop("loaded", None)
@@ -66,15 +76,22 @@ class Subject:
         return found.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """What it weighs: ``{kind, parameters, bytes, bpw_linear, bpw_total}``, as it is stored."""
+        """What it weighs: ``{kind, parameters, bytes, bpw_linear, bpw_total}``, as it is stored.
+
+        ``bytes`` are those of the weights, ``file_bytes`` those of all files, where they are known.
+        """
         loaded = self.loaded
         path = loaded.path
         if path is not None and (path / MANIFEST).is_file():
-            return {"kind": loaded.kind} | dict(read_manifest(path)["weights"])
+            manifest = read_manifest(path)
+            size = sum(file["bytes"] for file in manifest["files"])
+            return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
         if loaded.kind != "dense":
             return {"kind": loaded.kind} | weights_summary(loaded.model, loaded.dtype)
         count = loaded.model.num_parameters()
         own = {"kind": loaded.kind, "parameters": count}
+        if files := _files(loaded.source):
+            own["file_bytes"] = sum(file.stat().st_size for file in files)
         if path is not None and path.is_file():  # a GGUF file: embeddings may have other bits
             size = path.stat().st_size
             return own | {"bytes": size, "bpw_linear": None, "bpw_total": 8 * size / count}

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ternq import harness
 from ternq.errors import InputError
-from ternq.places import TEXTS, Finder, is_text, refuse_offline
+from ternq.places import TEXTS, Finder, is_text, refuse_offline, split
 from ternq.progress import Event, Progress, ignore
 from ternq.suites import EFFICIENCY, SUITES, expand
-from ternq.text import looks_local, whole_documents
+from ternq.text import whole_documents
 
 TOKEN_PERPLEXITY = "token_perplexity"
 
@@ -70,6 +70,11 @@ class Job:
     def blocks(self) -> bool:
         """Whether the token perplexity is asked for."""
         return not self.metrics or TOKEN_PERPLEXITY in self.metrics
+
+    @property
+    def names(self) -> set[str]:
+        """What it has results of."""
+        return {self.name, *(self.task.leaves | self.task.groups if self.task else ())}
 
     @property
     def efficiency(self) -> bool:
@@ -153,12 +158,8 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 
 
 def _parse(name: str) -> Job:
-    task, _, metric = name.rpartition(":")
-    if Path(name).expanduser().exists() and (looks_local(name) or name not in TEXTS):
-        return Job(name)
-    if task and not looks_local(name):
-        return Job(task, (metric,))
-    return Job(name)
+    task, metric = split(name)
+    return Job(task, (metric,) if metric else ())
 
 
 def _merged(jobs: Sequence[Job]) -> list[Job]:

@@ -511,13 +511,10 @@ def test_eval_compares_with_a_baseline(
     assert drop["value"] == pytest.approx(0.15)
 
 
-def test_size_gates_of_eval_read_the_manifest(fake: Callable[..., Fake]) -> None:
-    fake("eval", {"results": {"a": {}}})
-    manifest = {"ternq_format": 1, "weights": {"bpw_linear": 1.85},
-                "files": [{"path": "x", "bytes": 1000, "sha256": "0" * 64}]}  # fmt: skip
-    assert run("eval a --fail-if-size-above 1kB") == 5  # nothing to read: it fails
-    Path("a").mkdir()
-    Path("a", "ternq.json").write_text(json.dumps(manifest))
+def test_size_gates_of_eval_are_of_all_files(fake: Callable[..., Fake]) -> None:
+    verb = fake("eval", {"results": {"a": {}}, "models": {"a": {"bytes": 9}}})
+    assert run("eval a --fail-if-size-above 1kB") == 5  # its files are not known: it fails
+    verb.result["models"]["a"] |= {"file_bytes": 1000, "bpw_linear": 1.85}
     assert run("eval a --fail-if-size-above 1kB --fail-if-bpw-above 1.85") == 0
     assert run("eval a --fail-if-size-above 999B") == 5
 

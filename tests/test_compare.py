@@ -52,9 +52,16 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_settings_that_results_depend_on_are_named() -> None:
-    assert other_settings(SETTINGS, SETTINGS | {"batch_size": 1, "dtype": "bfloat16"}) == []
+    assert other_settings(SETTINGS, SETTINGS | {"batch_size": 1, "device": "cuda"}) == []
+    every = {"limit": None}, {"limit": "all"}
+    assert other_settings(SETTINGS | every[0], SETTINGS | every[1]) == []
+    c4 = {"tasks": {"c4": {}}}  # of which the first documents are taken where none is given
+    assert len(other_settings(SETTINGS | every[0] | c4, SETTINGS | every[1] | c4)) == 1
     tasks = {"piqa": {"version": 2.0, "data": "cc"}, "wikitext": {"text": "dd"}, "sciq": {}}
-    assert other_settings(SETTINGS, SETTINGS | {"limit": None, "seed": 1, "tasks": tasks}) == [
+    assert other_settings(
+        SETTINGS, SETTINGS | {"limit": None, "seed": 1, "dtype": "bfloat16", "tasks": tasks}
+    ) == [
+        "--dtype bfloat16 there, float32 here",
         "--limit not given there, 100 here",
         "--seed 1 there, 0 here",
         "piqa: version 2.0 there, 1.0 here",

@@ -228,8 +228,6 @@ def test_only_the_metric_asked_for(data_dir: Path) -> None:
     assert set(own["results"]["tiny"]["piqa"]) == {
         "acc_norm", "acc_norm_stderr", "samples", "partial"
     }  # fmt: skip
-    with pytest.raises(RecipeError, match="has no metric 'f1'"):
-        evaluate([tiny.loaded()], tasks=["piqa:f1"], data_dir=data_dir, limit=4)
 
 
 def test_offline_is_said_at_once() -> None:
@@ -367,6 +365,76 @@ def test_metrics_of_one_task_asked_for_apart_are_taken_together(data_dir: Path) 
     own = evaluate([tiny.loaded()], tasks=tasks, data_dir=data_dir)["results"]["tiny"]["wikitext"]
     assert {"word_perplexity", "token_perplexity"} < set(own)
     assert "bits_per_byte" not in own
+
+
+def test_names_and_metrics_are_told_apart(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.txt", "a:b.txt", "folder/x.txt", "piqa", "wikitext"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(tiny.text(200))
+    tasks = ["notes.txt:token_perplexity", "./notes.txt:word_perplexity", "a:b.txt", "folder",
+             "folder:bits_per_byte", "./folder:byte_perplexity"]  # fmt: skip
+    found = evaluate(tiny.loaded(), tasks=",".join(tasks), offline=True)["results"]["tiny"]
+    kinds = {
+        name: {m for m in own if m.endswith(("plexity", "byte"))} for name, own in found.items()
+    }
+    every = {"token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert kinds == {
+        "notes.txt": {"token_perplexity"}, "./notes.txt": {"word_perplexity"}, "a:b.txt": every,
+        "folder": every, "./folder": {"byte_perplexity"},
+    }  # fmt: skip
+    own = evaluate(tiny.loaded(), tasks=["piqa"], data_dir=data_dir)["results"]["tiny"]
+    assert "acc" in own["piqa"]  # the task, though a file has its name
+
+
+def test_a_metric_of_a_group_takes_nothing_from_its_tasks(wmdp: Path) -> None:
+    for tasks in (["wmdp:acc", "wmdp_bio"], ["wmdp_bio", "wmdp:acc"]):
+        said: list[Event] = []
+        own = evaluate(tiny.loaded(), tasks=tasks, data_dir=wmdp, progress=said.append)
+        assert "acc_stderr" in own["results"]["tiny"]["wmdp_bio"]
+        assert sum(e.stage == "wmdp_bio" and e.done == 5 for e in said) == 1  # measured once
+
+
+def test_a_mistyped_task_is_said_offline_too() -> None:
+    with pytest.raises(RecipeError, match="no task 'piqua'") as caught:
+        evaluate(tiny.loaded(), tasks=["piqua"], offline=True)
+    assert "piqa" in str(caught.value.hint)
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is(
+    data_dir: Path, measured: list[str]
+) -> None:
+    options: dict[str, Any] = {"data_dir": data_dir, "offline": True}
+    for metric in ("f1", "token_perplexity"):
+        with pytest.raises(RecipeError, match=f"has no metric '{metric}'"):
+            evaluate(tiny.loaded(), tasks=["wikitext", f"piqa:{metric}"], **options)
+    for model in ("no-such-model", "./none", str(data_dir)):
+        with pytest.raises(InputError):
+            evaluate([tiny.loaded(), model], tasks=["piqa"], **options)
+        with pytest.raises(InputError):
+            evaluate(tiny.loaded(), baseline=model, tasks=["piqa"], **options)
+    assert measured == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"limit": 1.5}, {"limit": "x"}, {"limit": True}, {"batch_size": -3}, {"batch_size": 0},
+     {"num_fewshot": -1}, {"max_length": 2.5}],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(data_dir: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="at least"):
+        evaluate(tiny.loaded(), tasks=["piqa"], data_dir=data_dir, **wrong)
+
+
+def test_perplexities_of_other_blocks_are_said_without_a_baseline_too(data_dir: Path) -> None:
+    other = tiny.loaded(positions=32)
+    other.name = "short"
+    task = "wikitext:token_perplexity"
+    (note,) = evaluate([tiny.loaded(), other], tasks=task, data_dir=data_dir)["notes"]
+    assert "of tiny and short cannot be compared (blocks" in note
 
 
 def test_a_local_text_has_lm_evals_perplexities_too(tmp_path: Path) -> None:
@@ -656,6 +724,18 @@ def test_another_setting_is_measured_anew(
     evaluate([tiny.loaded()], **options | {"limit": 5})
     evaluate([tiny.loaded()], **options | {"limit": 5} | change)
     assert measured == ["piqa", "piqa"]
+
+
+def test_other_examples_are_measured_anew(tmp_path: Path, measured: list[str]) -> None:
+    goals = [{"goal": tiny.text(5, i), "sol1": tiny.text(3, i), "sol2": tiny.text(4, i), "label": 0}
+             for i in range(9)]  # fmt: skip
+    for train in (goals[:4], goals[4:], goals[:4]):
+        splits = {"validation": ("v.jsonl", goals[:3]), "train": ("t.jsonl", train)}
+        tiny.hub_dataset(tmp_path / "baber" / "piqa", splits, "default")
+        for shots in (0, 2):
+            evaluate(tiny.loaded(), tasks=["piqa"], data_dir=tmp_path, cache=tmp_path / "kept",
+                     num_fewshot=shots)  # fmt: skip
+    assert len(measured) == 3  # once without examples, twice with
 
 
 def test_another_model_is_measured_anew(

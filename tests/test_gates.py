@@ -52,6 +52,14 @@ def test_flags_are_parsed() -> None:
         {"size_above": "MB"},
         {"size_above": "inf"},
         {"bpw_above": "many"},
+        {"bpw_above": "-1"},
+        {"size_above": "1e308GB"},
+        {"size_above": "-5MB"},
+        {"ppl_above": ["c4=-5"]},
+        {"ppl_ratio_above": ["0"]},
+        {"acc_below": ["piqa=60"]},
+        {"acc_drop_above": ["5"]},
+        {"acc_drop_above": ["-0.1"]},
     ],
 )
 def test_limits_are_finite_numbers(flags: dict[str, object]) -> None:
