@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -64,6 +64,7 @@ HALVES = st.floats(2**-10, 8, width=16)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@example(codes=[0, 1, -1], scale=1.0, shift=0.00390625, dtype=torch.bfloat16)
 @given(
     codes=st.lists(st.integers(-1, 1), min_size=1, max_size=9),
     scale=HALVES,
@@ -90,12 +91,13 @@ def brute_force(dense: Tensor) -> bool:
     for codes in itertools.combinations((-1, 0, 1), len(values)):
         spread = codes[-1] - codes[0]
         scale = (values[-1] - values[0]) / spread if spread else 1.0
-        shift = values[0] - codes[0] * scale
-        scales, shifts = (
+        # of several values the one that is nearest to zero tells the shift most exactly
+        anchors = [v - c * scale for v, c in zip(values, codes, strict=True)]
+        scales, *several = (
             (torch.tensor(n).half().view(torch.int16) + near).view(torch.float16).double()
-            for n in (scale, shift)
+            for n in (scale, *anchors)
         )
-        scales = scales[scales > 0]
+        scales, shifts = scales[scales > 0], torch.cat(several)
         made = [(shifts[:, None] + c * scales).to(dense.dtype).double() for c in codes]
         fits = torch.stack([m == v for m, v in zip(made, values, strict=True)]).all(0)
         if bool(fits.any()):
