@@ -141,6 +141,8 @@ def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
             yield who, sample["prompt"] + sample[who]
     if payload.get("out") and "plan" not in payload:
         yield "written to", str(payload["out"])
+        if payload.get("command") == "ternarize":
+            yield "report", f"{payload['out']}.report/report.html"
         yield "next", _next(payload)
 
 

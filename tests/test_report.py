@@ -128,6 +128,7 @@ def test_ternarize_compares_the_three_models() -> None:
 def test_ternarize_tells_everything_and_fits_80_columns() -> None:
     text = shown(TERNARIZED)
     for part in (
+        "demo-ternary.report/report.html",
         "80.0% of the parameters",
         "43.0% of",
         "lm_head (700,000 parameters): output head",
