@@ -8,6 +8,7 @@ import copy
 import shutil
 import time
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import ternq
 from ternq import budget, checkpoint, hf, runs
 from ternq import corpus as corpora
+from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
 from ternq.linear import (
     Selection,
@@ -30,7 +32,7 @@ from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.runs import REPORT
-from ternq.train import Trainer, checkpoints
+from ternq.train import Trainer, checkpoints, has_bf16
 from ternq.weights import stored_dtype, weights_summary
 
 
@@ -44,6 +46,7 @@ class Prepared:
     selection: Selection
     corpus: corpora.Corpus
     notes: list[str]
+    dense: bool = True  # what is trained was; else it was ternary already
 
 
 def distill(
@@ -88,6 +91,7 @@ def distill(
     checkpoint.write_json(out / REPORT, report)
     for old in checkpoints(out):  # only now: a run that stops before it is done goes on from them
         shutil.rmtree(old)
+    (out / runs.START_FILE).unlink(missing_ok=True)
     return report
 
 
@@ -166,6 +170,8 @@ def prepare_run(
     else:
         big, student = _from_ternary(base, teacher, options), base
         selection, recipe = _selection_of(student, recipe)
+        if recipe.training.start != "closed-form":
+            notes.append("Start: the codes that the model has; --start is for dense models.")
     _same_shape(big, student)
     big.model.requires_grad_(False)
     if rule := group_rule(selection, recipe.scheme.group_size):
@@ -182,7 +188,7 @@ def prepare_run(
         text = corpora.unwritten(specs)
     else:
         text = corpora.corpus(big, recipe, specs, offline=offline, progress=progress, cache=cache)
-    return Prepared(recipe, big, student, selection, text, notes)
+    return Prepared(recipe, big, student, selection, text, notes, base.kind == "dense")
 
 
 def _fitting(
@@ -288,6 +294,8 @@ def train_run(
     """
     began = time.monotonic()
     recipe, student = prepared.recipe, prepared.student
+    if recipe.training.start == "compensated" and prepared.dense:
+        _compensate(prepared, out, record, progress)
     trainer = Trainer(
         student=student.model,
         teacher=prepared.teacher.model,
@@ -302,7 +310,7 @@ def train_run(
     if steps is None:
         steps = _steps(trainer, progress)
         record |= {"steps": steps}
-    if "teacher" not in record:
+    if "untrained" not in record:
         record["teacher"] = perplexity(prepared, prepared.teacher, progress, "teacher")
         record["untrained"] = perplexity(prepared, student, progress, "untrained")
     checkpoint.write_json(out / hf.RUN_FILE, record)
@@ -328,9 +336,35 @@ def train_run(
         },
         "weights": weights_summary(student.model, stored_dtype(student.dtype)),
         "dense_layers": [vars(d) for d in prepared.selection.dense],
-        "notes": prepared.notes + _afterwards(trainer.losses),
+        "notes": prepared.notes + record.get("start", []) + _afterwards(trainer.losses),
         "seconds": time.monotonic() - began,
     }
+
+
+def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress: Progress) -> None:
+    """The compensated start, or what an earlier command on this run made of it.
+
+    It is calibrated on the blocks of text that training then begins with.
+    """
+    settings, model, corpus = prepared.recipe.training, prepared.student.model, prepared.corpus
+    path = out / runs.START_FILE
+    if "start" in record and path.is_file():
+        hf.load_state(model, checkpoint.load_tensors(path), str(path))
+        return
+    taken = list(islice(corpus.blocks, settings.calibration))
+    corpus.blocks = chain(taken, corpus.blocks)
+    device = next(model.parameters()).device
+    record["start"] = compensated_start(
+        model,
+        torch.stack(taken),
+        rows=settings.micro_batch_size or settings.batch_size,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
+        progress=progress,
+    )
+    for said in record["start"]:
+        progress(Event("calibrate", said))
+    checkpoint.save_tensors(hf.unique_state(model), path)
+    checkpoint.write_json(out / hf.RUN_FILE, record)
 
 
 def _as_made(prepared: Prepared, steps: int) -> Recipe:

@@ -20,6 +20,7 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
 Ste = Literal["identity", "ttq"]
+Start = Literal["closed-form", "compensated"]
 Part = TypeVar("Part", "Scheme", "Training")
 
 
@@ -65,13 +66,15 @@ class Training:
     kl: float = option(1.0, "Weight of the divergence from the teacher's logits.")
     ce: float = option(0.0, "Weight of the next-token cross-entropy.")
     ste: Ste = option("identity", "Gradient of the rounding: identity, or scale outside the zone.")
+    start: Start = option("closed-form", "First codes: by threshold, or with errors compensated.")
+    calibration: int = option(32, "Blocks of text for the compensated start.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.steps is not None:
             raise RecipeError("--tokens and --steps were both given.", "Name one of them.")
-        for name in ("batch_size", "micro_batch_size", "sequence_length"):
+        for name in ("batch_size", "micro_batch_size", "sequence_length", "calibration"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")

@@ -1,7 +1,8 @@
 """The folder of a run: opened, found again, compared, removed.
 
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
-``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``self.json`` is text that the teacher wrote.
+``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``self.json`` is text that the teacher wrote,
+``start.safetensors`` is a start that took calibration.
 Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
@@ -22,6 +23,7 @@ from ternq.train import CHECKPOINTS, METRICS
 
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
+START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
 FORMAT = "ternq_run"
 _BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off
 
@@ -96,7 +98,7 @@ def remove(out: Path, *, keep_own_text: bool = False) -> None:
     for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER):
         if folder.is_dir():
             shutil.rmtree(folder)
-    names = {hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS}
+    names = {hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, START_FILE}
     names |= set() if keep_own_text else {OWN_TEXT_FILE}
     for path in list(out.iterdir()) if out.is_dir() else []:
         if path.name in names or _leftover(path):

@@ -144,6 +144,8 @@ def _made(out: Path, asked: dict[str, Any]) -> bool:
     if not (out / checkpoint.MANIFEST).is_file():
         return False
     manifest = checkpoint.read_manifest(out)
+    if isinstance(was := manifest.get("asked"), dict):  # settings that are newer have defaults
+        manifest = manifest | {"asked": Recipe.from_json(was).to_json()}
     return all(manifest.get(key) == value for key, value in asked.items()) and (
         manifest.get("embeddings", "keep") == asked.get("embeddings", "keep")
     )

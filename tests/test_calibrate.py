@@ -1,0 +1,309 @@
+"""The compensated start of whole models: order, inputs, codes; and how a run keeps it."""
+
+import copy
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import checkpoints
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ternq import calibrate, checkpoint, corpus, distill, hf, runs, stop
+from ternq.blocks import BlockOutputs
+from ternq.calibrate import compensated_start
+from ternq.compensate import Compensated, compensate
+from ternq.errors import InputError, RecipeError, StoppedError
+from ternq.linear import TernaryLinear, decoder_blocks, prepare, ternary_layers
+from ternq.progress import Event, ignore
+from ternq.recipe import Recipe, Scheme, Training
+from ternq.ternarize import _made, ternarize
+
+SCHEME = Scheme(group_size=16)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.text_file(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def ids(blocks: int = 10) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(checkpoints.VOCABULARY, (blocks, 20), generator=generator)
+
+
+def students(kind: str, scheme: Scheme = SCHEME) -> tuple[Any, Any, Any]:
+    """A model, and two that were made ternary of it."""
+    dense = checkpoints.model(kind)
+    one = copy.deepcopy(dense)
+    prepare(one, scheme)
+    return dense, one, copy.deepcopy(one)
+
+
+def distance(model: Any, dense: Any) -> float:
+    """Of what the last block puts out, relative."""
+    with torch.no_grad(), BlockOutputs(model) as own, BlockOutputs(dense) as other:
+        model(input_ids=ids(), use_cache=False)
+        dense(input_ids=ids(), use_cache=False)
+    return float((own.features[-1] - other.features[-1]).norm() / other.features[-1].norm())
+
+
+@pytest.mark.parametrize("kind", list(checkpoints.CONFIGS))
+def test_every_decoder_is_walked(kind: str) -> None:
+    dense, plain, student = students(kind)
+    events: list[Event] = []
+    said = compensated_start(student, ids(), rows=4, progress=events.append)
+    layers = ternary_layers(student)
+    assert said[0].startswith(f"Start: {len(layers)} layers")
+    assert [e.done for e in events] == [1, 2]
+    assert {e.total for e in events} == {2}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    assert any((a.codes() != b.codes()).any() for a, b in pairs(plain, student))
+    assert distance(student, dense) < distance(plain, dense)
+
+
+def pairs(one: Any, other: Any) -> Any:
+    return zip(ternary_layers(one).values(), ternary_layers(other).values(), strict=True)
+
+
+def inputs_of(layer: nn.Module, model: Any) -> Tensor:
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=ids(), use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "phi"])
+def test_each_layer_is_rounded_for_what_the_ones_before_it_give(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hessian used for a layer is that of its inputs in the finished model."""
+    used: list[tuple[Tensor, Tensor]] = []
+
+    def spied(weight: Tensor, hessian: Tensor, group_size: int, shift: bool) -> Compensated:
+        found = compensate(weight, hessian, group_size, shift)
+        used.append((hessian, found.codes))
+        return found
+
+    monkeypatch.setattr(calibrate, "compensate", spied)
+    _, _, student = students(kind)
+    compensated_start(student, ids(), rows=3)  # the last batch is a shorter one
+    layers = list(ternary_layers(student).values())
+    assert len(used) == len(layers)
+    for layer in layers:
+        x = inputs_of(layer, student)
+        found = [h for h, codes in used if torch.equal(codes, layer.codes())]
+        assert len(found) == 1  # codes() of the start are the compensated ones
+        assert torch.allclose(found[0], 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+
+
+def test_scales_are_those_of_the_rounding_and_skipped_layers_stay() -> None:
+    scheme = Scheme(group_size=16, shift=False, skip=("*.o_proj",))
+    dense, plain, student = students("llama", scheme)
+    compensated_start(student, ids())
+    assert all(m.weight_shift is None for m in ternary_layers(student).values())
+    for name, module in student.named_modules():
+        if not isinstance(module, TernaryLinear):
+            for (_, a), (_, b) in zip(
+                module.named_parameters(recurse=False),
+                dense.get_submodule(name).named_parameters(recurse=False),
+                strict=True,
+            ):
+                assert torch.equal(a, b), name
+    assert distance(student, dense) < distance(plain, dense)
+
+
+def test_it_is_the_same_again_and_leaves_the_mode() -> None:
+    _, one, other = students("llama")
+    one.train()
+    compensated_start(one, ids())
+    compensated_start(other, ids())
+    assert one.training
+    assert not other.training
+    assert hf.fingerprint(one) == hf.fingerprint(other)
+    assert all(p.requires_grad for m in ternary_layers(one).values() for p in m.parameters())
+
+
+def test_a_weight_of_two_modules_is_only_rounded_and_said() -> None:
+    _, plain, student = students("llama")
+    blocks = decoder_blocks(student)[1]
+    blocks[1].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
+    before = blocks[0].mlp.up_proj.weight.detach().clone()
+    said = compensated_start(student, ids())
+    assert torch.equal(blocks[0].mlp.up_proj.weight, before)
+    assert "model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj" in said[-1]
+
+
+def test_channels_without_input_and_layers_without_calls_are_said() -> None:
+    _, plain, student = students("llama")
+    block = decoder_blocks(student)[1][0]
+    with torch.no_grad():
+        block.input_layernorm.weight[5] = 0
+    block.mlp.unused = TernaryLinear(36, 4, bias=False, group_size=16, shift=True)
+    nn.init.normal_(block.mlp.unused.weight)
+    before = block.mlp.unused.codes()
+    said = compensated_start(student, ids())
+    assert f"{3 + 36} input channels" in said[1]  # of q, k and v; and all of the unused layer
+    assert before.shape == block.mlp.unused.codes().shape
+
+
+def test_what_cannot_be_walked_is_refused() -> None:
+    _, _, student = students("llama")
+    student.model.layers[1].forward = student.model.layers[0].forward  # not called by itself
+    student.model.layers = nn.ModuleList(student.model.layers)
+    blocks = decoder_blocks(student)[1]
+    blocks.append(copy.deepcopy(blocks[0]))  # one that the model never calls
+    with pytest.raises(InputError, match="not called one after another"):
+        compensated_start(student, ids())
+    _, _, student = students("llama")
+    with torch.no_grad():
+        student.model.embed_tokens.weight[:] = float("nan")
+    with pytest.raises(InputError, match=r"layers\.0\..* not finite"):
+        compensated_start(student, ids())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+
+
+# Runs
+
+
+def compensated(source: Path, text: Path, **settings: Any) -> Recipe:
+    return checkpoints.recipe(source, text, start="compensated", calibration=6, **settings)
+
+
+def test_a_resumed_run_goes_on_from_the_same_start(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = compensated(source, text, steps=4)
+    whole = distill.distill(str(source), tmp_path / "whole", recipe, offline=True)
+    polled = iter(range(1, 100))
+    with monkeypatch.context() as stopping:
+        stopping.setattr(stop, "requested", lambda: "SIGTERM" if next(polled) % 2 == 0 else None)
+        with pytest.raises(StoppedError):
+            distill.distill(str(source), tmp_path / "parts", recipe, offline=True)
+    assert (tmp_path / "parts" / runs.START_FILE).is_file()
+    monkeypatch.setattr(distill, "compensated_start", None)  # it is not made a second time
+    parts = distill.distill(str(source), tmp_path / "parts", recipe, offline=True, resume=True)
+    one, other = (
+        checkpoint.load_tensors(tmp_path / name / hf.STUDENT_FILE) for name in ("whole", "parts")
+    )
+    assert set(one) == set(other)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    assert parts["student"] == whole["student"]
+    assert parts["untrained"] == whole["untrained"]
+    assert (
+        [n for n in parts["notes"] if n.startswith("Start:")]
+        == [n for n in whole["notes"] if n.startswith("Start:")]
+        != []
+    )
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")  # drift included
+    assert not (tmp_path / "parts" / runs.START_FILE).exists()
+
+
+def metrics(folder: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_it_is_trained_on_the_same_text_as_from_the_other_start(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    streams: list[list[Tensor]] = []
+
+    for start in ("closed-form", "compensated"):
+        recipe = replace(checkpoints.recipe(source, text), training=training(text, start))
+        prepared = distill.prepare_run(str(source), recipe, offline=True)
+        if start == "compensated":
+            (tmp_path / "run").mkdir()
+            distill._compensate(prepared, tmp_path / "run", {}, ignore)
+        streams.append([next(prepared.corpus.blocks) for _ in range(12)])
+    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
+
+
+def training(text: Path, start: Any) -> Training:
+    return Training(steps=2, sequence_length=16, data=(str(text),), start=start, calibration=6)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_from_a_checkpoint_to_an_artefact(
+    steps: int, source: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = compensated(source, text, steps=steps)
+    report = ternarize(str(source), tmp_path / "out", recipe, offline=True)
+    assert report["verify"]["ok"]
+    assert any(note.startswith("Start: 14 layers") for note in report["notes"])
+    assert report["recipe"]["training"]["start"] == "compensated"
+    if steps == 0:
+        assert report["student"]["perplexity"] == pytest.approx(
+            report["untrained"]["perplexity"], rel=0.01
+        )
+    plain = checkpoints.recipe(source, text, steps=0)
+    rounded = ternarize(str(source), tmp_path / "plain", plain, offline=True)
+    assert rounded["untrained"]["perplexity"] != report["untrained"]["perplexity"]
+    again = ternarize(str(source), tmp_path / "out", recipe, offline=True)
+    assert again["student"] == report["student"]
+
+
+def test_recipes_without_the_field_are_of_the_closed_form(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = checkpoints.recipe(source, text)
+    old = recipe.to_json()
+    del old["training"]["start"], old["training"]["calibration"]
+    assert Recipe.from_json(old) == recipe
+    assert recipe.training.start == "closed-form"
+    out = tmp_path / "run"
+    with monkeypatch.context() as stopping:
+        stopping.setattr(stop, "requested", lambda: "SIGTERM")
+        with pytest.raises(StoppedError):
+            distill.distill(str(source), out, recipe, offline=True)
+    record = checkpoint.read_json(out / hf.RUN_FILE)
+    for name in ("start", "calibration"):
+        del record["recipe"]["training"][name]
+    checkpoint.write_json(out / hf.RUN_FILE, record)
+    distill.distill(str(source), out, recipe, offline=True, resume=True)
+    with pytest.raises(RecipeError, match="closed-form there, compensated here"):
+        distill.distill(str(source), out, compensated(source, text), offline=True)
+
+
+def test_an_older_artefact_is_still_found_to_be_finished(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = checkpoints.recipe(source, text)
+    made = ternarize(str(source), tmp_path / "out", recipe, offline=True)
+    manifest = checkpoint.read_json(tmp_path / "out" / checkpoint.MANIFEST)
+    del manifest["asked"]["training"]["start"], manifest["asked"]["training"]["calibration"]
+    asked = {"asked": recipe.to_json(), "keep_dtype": False}
+    assert _made(tmp_path / "out", asked)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "read_manifest", lambda folder: manifest)
+        assert _made(tmp_path / "out", asked)
+    assert made["verify"]["ok"]
+
+
+def test_a_ternary_model_has_its_start(source: Path, text: Path, tmp_path: Path) -> None:
+    distill.distill(str(source), tmp_path / "run", checkpoints.recipe(source, text), offline=True)
+    recipe = compensated(tmp_path / "run", text)
+    report = distill.distill(str(tmp_path / "run"), tmp_path / "on", recipe, offline=True)
+    assert any("--start is for dense models" in note for note in report["notes"])
+
+
+def test_there_is_at_least_one_block() -> None:
+    with pytest.raises(RecipeError, match="--calibration is 0"):
+        Training(calibration=0)
