@@ -106,7 +106,8 @@ def compensated_start(
     model.eval()
     done, layers = Started(), _own_weights(model)
     done.shared = sorted(ternary_layers(model).keys() - layers.keys())
-    dense = {n: m.register_forward_hook(_dense_output) for n, m in layers.items()}
+    for layer in layers.values():
+        _use(layer, layer.weight)
     try:
         prefix, blocks = decoder_blocks(model)
         with autocast:
@@ -119,15 +120,17 @@ def compensated_start(
             for stage in _stages(block, own, now[0], autocast):
                 for name, hessian in _hessians(block, stage, now, autocast).items():
                     done.add(name, _start(name, layers[name], hessian))
-                    dense.pop(name).remove()
+                    _use(layers[name], layers[name].numbers().dequantized())
             with autocast:
                 hidden = [call.run(block) for call in now]
             calls[index] = []
+            for layer in own.values():
+                _use(layer, None)
             shown = {"error": sum(done.errors) / max(1, len(done.errors))}
             progress(Event("calibrate", done=index + 1, total=len(blocks), values=shown))
     finally:
-        for handle in dense.values():
-            handle.remove()
+        for layer in layers.values():
+            _use(layer, None)
         model.train(was_training)
     return done.said(ids)
 
@@ -140,9 +143,12 @@ def _own_weights(model: nn.Module) -> dict[str, TernaryLinear]:
     return {n: m for n, m in ternary_layers(model).items() if owners[id(m.weight)] == 1}
 
 
-def _dense_output(layer: TernaryLinear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """In place of the ternary output: that of the weight itself."""
-    return F.linear(args[0], layer.weight.to(args[0].dtype), layer.bias)
+def _use(layer: TernaryLinear, weight: Tensor | None) -> None:
+    """Have the layer use ``weight`` as it is, not rounded anew in every call; None: as always."""
+    vars(layer).pop("forward", None)
+    if weight is not None:
+        fixed = weight.to(layer.weight.device)
+        vars(layer)["forward"] = lambda x: F.linear(x, fixed.to(x.dtype), layer.bias)
 
 
 def _calls(
