@@ -160,6 +160,8 @@ def _calls(
         for index, block in enumerate(blocks):
 
             def take(module: Any, args: Any, kwargs: Any, index: int = index) -> None:
+                if not args and HIDDEN not in kwargs:
+                    raise _unwalkable(model, f"not called with {HIDDEN}")
                 call = Call(args, kwargs)
                 calls[index].append(call if index == 0 else call.on(None))
 
@@ -169,12 +171,13 @@ def _calls(
         for batch in batches:
             model(input_ids=batch.to(device), use_cache=False)
     if any(len(made) != len(batches) for made in calls):
-        raise InputError(
-            f"The blocks of {type(model).__name__} are not called one after another, which an "
-            "error-compensated start needs.",
-            "Use --start closed-form.",
-        )
+        raise _unwalkable(model, "not called one after another")
     return calls
+
+
+def _unwalkable(model: nn.Module, reason: str) -> InputError:
+    said = f"The blocks of {type(model).__name__} are {reason}, as --start compensated needs it."
+    return InputError(said, "Use --start closed-form.")
 
 
 def _stages(
