@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ternq.report import number
+from ternq.shown import number
 from ternq.source import Source
 
 Facts = Mapping[str, Any]

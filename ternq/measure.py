@@ -19,7 +19,7 @@ from ternq.errors import InputError, RecipeError
 from ternq.hf import Loaded
 from ternq.perplexity import BLOCK, token_perplexity, tokens_per_second
 from ternq.progress import Event, Progress
-from ternq.report import duration
+from ternq.shown import duration
 from ternq.subject import Subject, World
 from ternq.suites import SUITES
 from ternq.tasks import C4_BLOCKS, C4_DOCUMENTS, TOKEN_PERPLEXITY, Job, of_lm_eval

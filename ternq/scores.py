@@ -5,9 +5,9 @@ from math import isfinite
 from typing import Any
 
 from ternq.shown import Table, number, size
+from ternq.suites import EFFICIENCY
 
 Payload = Mapping[str, Any]
-EFFICIENCY = "efficiency"
 _OF_BLOCKS = ("token_perplexity", "kl_", "top1_", "block", "tokens", "drawn")  # prefixes
 _STORED = ("bytes", "file_bytes")
 HIDDEN = ("top1_agreement", "flips_lost", "flips_won")

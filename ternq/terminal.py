@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ternq.progress import Event
-from ternq.report import duration
+from ternq.shown import duration
 
 SECONDS_BETWEEN_LINES = 5.0
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoints
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,18 @@ class Demo:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Results of these tests are kept with them, not in the user's cache."""
     os.environ["TERNQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to train on."""
+    return checkpoints.text_file(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    return checkpoints.folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

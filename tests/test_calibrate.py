@@ -32,16 +32,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.text_file(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
 def ids(blocks: int = 10) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(checkpoints.VOCABULARY, (blocks, 20), generator=generator)

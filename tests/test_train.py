@@ -34,16 +34,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.text_file(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.folder(tmp_path_factory.mktemp("model") / "tiny")
-
-
 def random_blocks(count: int = 64, seed: int = 0) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(checkpoints.VOCABULARY, (count, BLOCK), generator=generator)
