@@ -32,7 +32,8 @@ from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.runs import REPORT
-from ternq.train import Trainer, checkpoints, has_bf16
+from ternq.snapshots import checkpoints
+from ternq.train import Trainer, has_bf16
 from ternq.weights import stored_dtype, weights_summary
 
 

@@ -19,7 +19,7 @@ from ternq.errors import InputError, RecipeError
 from ternq.files import sha256
 from ternq.linear import ternary_layers
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
-from ternq.train import CHECKPOINTS, METRICS
+from ternq.snapshots import CHECKPOINTS, METRICS
 
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"

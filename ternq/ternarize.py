@@ -22,8 +22,8 @@ from ternq.recipe import Recipe
 from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
+from ternq.snapshots import METRICS
 from ternq.tasks import load_jobs
-from ternq.train import METRICS
 from ternq.weights import layer_diagnostics
 
 

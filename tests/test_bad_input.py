@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ternq import checkpoint, cli, corpus, files, hf, train
+from ternq import checkpoint, cli, corpus, files, hf, snapshots
 from ternq.writer import write_tensors
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--group-size", "16"]
@@ -533,7 +533,7 @@ def test_a_disk_that_safetensors_finds_full(
     monkeypatch.setattr(checkpoint, "save_file", save)
     payload = ternq("distill", model, "-o", "out", "--data", text, *QUICK)
     refused(payload, 4, "no space is left", out=None)
-    assert not train.checkpoints(Path("out"))
+    assert not snapshots.checkpoints(Path("out"))
     assert not Path("out", hf.STUDENT_FILE).exists()
 
 
@@ -582,7 +582,7 @@ def test_a_damaged_run_is_said(
 ) -> None:
     ask = ["distill", model, "-o", "out", "--data", text, *QUICK]
     assert ternq(*ask, "--time-limit", "0.001s")["exit_code"] == 75
-    (saved,) = train.checkpoints(Path("out"))
+    (saved,) = snapshots.checkpoints(Path("out"))
     whole = (saved / "student.safetensors").read_bytes()
     write(saved / "student.safetensors", whole[:-9])
     refused(ternq(*ask), 3, "student.safetensors is damaged", out=None)

@@ -7,7 +7,7 @@ import pytest
 
 from ternq import hf, runs
 from ternq.errors import InputError, RecipeError
-from ternq.train import CHECKPOINTS
+from ternq.snapshots import CHECKPOINTS
 
 
 def test_a_start_that_was_cut_off_begins_again(tmp_path: Path) -> None:

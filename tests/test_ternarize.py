@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 from huggingface_hub import ModelCard
 
-from ternq import corpus, train
+from ternq import corpus, snapshots, train
 from ternq import ternarize as verbs
 from ternq.distill import distill
 from ternq.errors import InputError, RecipeError, VerificationError
@@ -97,7 +97,7 @@ def test_overwriting_goes_on_with_its_own_stopped_run(
     make()
     with pytest.raises(Exception, match="checkpoint is saved"):
         make(overwrite=True, time_limit=1e-6)
-    (saved,) = train.checkpoints(tmp_path / "out.run")
+    (saved,) = snapshots.checkpoints(tmp_path / "out.run")
     assert saved.name == "step-00000001"
     steps = checkpoints.counted_steps(monkeypatch)
     make(overwrite=True)

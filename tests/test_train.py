@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import checkpoint, corpus, distill, hf, stop, train
+from ternq import checkpoint, corpus, distill, hf, optimize, snapshots, stop
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
 from ternq.linear import prepare, ternary_layers
@@ -60,7 +60,7 @@ def trainer(
         folder=folder,
         progress=ignore,
     )
-    made.autocast = torch.autocast("cpu", enabled=False)
+    made.objective.autocast = torch.autocast("cpu", enabled=False)
     return made
 
 
@@ -82,7 +82,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-5) -
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / train.METRICS).read_text().splitlines()
+    lines = (folder / snapshots.METRICS).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -163,7 +163,7 @@ def test_loss_is_the_one_written_out(weights: dict[str, float], tmp_path: Path) 
     loss.backward()
     named = other.student.named_parameters()
     close(own, {n: p.grad for n, p in named if p.grad is not None})
-    assert made._loss(batch())[0].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert made.objective(batch())[0].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -217,11 +217,11 @@ def test_skipped_layers_stay_dense(tmp_path: Path) -> None:
 def test_dropout_is_off_in_training(tmp_path: Path) -> None:
     made = trainer(tmp_path, "opt")  # of a configuration with dropout 0.1
     assert made.student.training
-    assert made._loss(batch())[0].item() == made._loss(batch())[0].item()
+    assert made.objective(batch())[0].item() == made.objective(batch())[0].item()
 
 
 def test_rate_rises_and_falls() -> None:
-    rates = [train.rate(step, 20, 0.1) for step in range(20)]
+    rates = [optimize.rate(step, 20, 0.1) for step in range(20)]
     assert rates[0] == pytest.approx(1 / 3)
     assert max(rates) == 1.0
     assert rates.index(1.0) == 2
@@ -269,14 +269,14 @@ def test_diagnostics_are_taken_now_and_then(tmp_path: Path) -> None:
 
 def test_one_flip_is_counted(tmp_path: Path) -> None:
     made = trainer(tmp_path)
-    before = made._codes()
+    before = made.watch.codes()
     layer = next(iter(ternary_layers(made.student).values()))
     with torch.no_grad():
         row = layer.weight[0, :16]
         largest = int(row.abs().argmax())
         row[largest] = -row[largest]
     count = sum(c.numel() for c in before.values())
-    assert made._diagnostics(before)["flip_share"] == 1 / count
+    assert made.watch.diagnostics(before)["flip_share"] == 1 / count
 
 
 # Stopping and going on
@@ -318,14 +318,14 @@ def test_resumed_is_uninterrupted_to_the_bit(
         for at in (2, 4):
             with pytest.raises(StoppedError, match=f"after step {at} of 5"):
                 distill.distill(str(source), tmp_path / "parts", recipe, offline=True)
-            assert [p.name for p in train.checkpoints(tmp_path / "parts")] == [f"step-{at:08d}"]
+            assert [p.name for p in snapshots.checkpoints(tmp_path / "parts")] == [f"step-{at:08d}"]
             with pytest.raises(InputError, match="not finished"):
                 hf.load(str(tmp_path / "parts"))
     parts = distill.distill(str(source), tmp_path / "parts", recipe, offline=True, resume=True)
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
     assert parts["student"] == whole["student"]
     assert parts["training"]["loss_first"] == whole["training"]["loss_first"]
-    assert not train.checkpoints(tmp_path / "parts")
+    assert not snapshots.checkpoints(tmp_path / "parts")
 
 
 def test_time_limit_stops_and_the_same_command_goes_on(
@@ -350,7 +350,7 @@ def test_ctrl_c_saves(
         distill.distill(
             str(source), tmp_path / "run", checkpoints.recipe(source, text), offline=True
         )
-    assert len(train.checkpoints(tmp_path / "run")) == 1
+    assert len(snapshots.checkpoints(tmp_path / "run")) == 1
 
 
 def test_killed_while_it_saved(
@@ -363,14 +363,14 @@ def test_killed_while_it_saved(
         stop_after(1, stopping)
         with pytest.raises(StoppedError):
             distill.distill(str(source), run, recipe, offline=True)
-    half = run / train.CHECKPOINTS / "step-00000002.part"  # a second checkpoint, half written,
+    half = run / snapshots.CHECKPOINTS / "step-00000002.part"  # a second checkpoint, half written,
     half.mkdir()
     (half / "student.safetensors").write_bytes(b"half")
-    with (run / train.METRICS).open("a") as file:  # and what was said of later steps
+    with (run / snapshots.METRICS).open("a") as file:  # and what was said of later steps
         file.write('{"step": 2, "loss": 9.0}\n{"step": 3, "lo')
     distill.distill(str(source), run, recipe, offline=True)
     same(outcome(tmp_path / "whole"), outcome(run))
-    assert not list((run / train.CHECKPOINTS).glob("step-*"))
+    assert not list((run / snapshots.CHECKPOINTS).glob("step-*"))
 
 
 def test_same_seed_same_weights_and_another_seed_others(
@@ -419,7 +419,7 @@ def test_divergence_keeps_the_last_checkpoint(
     with pytest.raises(DivergenceError, match="diverged at step") as caught:
         distill.distill(str(source), tmp_path / "run", recipe, offline=True)
     assert caught.value.exit_code == 7
-    assert len(train.checkpoints(tmp_path / "run")) == 1
+    assert len(snapshots.checkpoints(tmp_path / "run")) == 1
     assert not (tmp_path / "run" / hf.STUDENT_FILE).exists()
 
 
