@@ -1,122 +1,139 @@
-"""What the machine can do: memory before the start, and a token budget from a short probe.
+"""What the machine can do: a strategy that fits its memory, and a token budget from a short probe.
 
-The estimate of memory counts what end-to-end training holds: teacher and student in float32, a
-gradient and two moments for everything trained, and the activations of one micro batch.
+Strategies are tried in a fixed order before anything is loaded, each with the memory that
+`ternq.footprint` counts for it, and the first that fits is taken.
 """
 
+import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ternq.errors import ResourceError
-from ternq.linear import decoder_blocks, ternary_layers
+from ternq.footprint import Footprint, footprint
 from ternq.perplexity import free_memory
-from ternq.recipe import Training
+from ternq.recipe import Scheme, Training
 
 HOURS = 2.0  # a default budget ends within this
 MOST_TOKENS = 10_000_000
 EVALUATION_SHARE = 0.2  # of the time goes to perplexities, packing and the report
-PROBE_STEPS = 2
+PROBE_STEPS, PROBE_SECONDS = 3, 20.0  # at most, after a first step that sets things up
+MARGIN = 1.05  # times the count: what allocators lose to gaps
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training needs at its peak, by kind, and bytes that are free."""
+    """Bytes that training needs at its peak, of which kind, and bytes that are free."""
 
-    weights: int
-    training: int
-    activations: int
+    counted: Footprint
     free: int
 
     @property
     def needed(self) -> int:
-        """All of it."""
-        return self.weights + self.training + self.activations
+        """All of it, with a margin."""
+        return round(MARGIN * self.counted.total)
 
     @property
     def fits(self) -> bool:
         """Whether it is there."""
         return self.needed <= self.free
 
-
-def estimate(student: Any, settings: Training, device: str) -> Memory:
-    """Peak memory of end-to-end training with these settings; both models are loaded already."""
-    everything = sum(p.numel() for p in student.parameters())
-    trained = sum(sum(p.numel() for p in m.parameters()) for m in ternary_layers(student).values())
-    config = student.config
-    hidden, layers = config.hidden_size, len(decoder_blocks(student)[1])
-    vocabulary = student.get_output_embeddings().weight.shape[0]
-    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
-    # a block keeps about 12 vectors of the hidden size and 4 of the MLP's; recomputed ones keep 1
-    block = hidden if settings.gradient_checkpointing else 12 * hidden + 4 * mlp
-    activations = 4 * tokens * (block * layers + 12 * hidden + 4 * mlp + 3 * vocabulary)
-    return Memory(
-        weights=2 * 4 * everything,
-        training=(3 * 4 + 4 + 1) * trained,
-        activations=activations,
-        free=free_memory(torch.device(device)) + 2 * 4 * everything,  # both copies are held already
-    )
+    def to_json(self) -> dict[str, int]:
+        """Its numbers."""
+        parts = {k: getattr(self.counted, k) for k in ("weights", "optimizer", "step")}
+        return {"needed": self.needed, "free": self.free} | parts
 
 
-def refuse_without_room(model: Any, device: str) -> None:
-    """`ResourceError` if a second float32 copy of a loaded model does not fit."""
-    needed = 4 * sum(p.numel() for p in model.parameters())
-    free = free_memory(torch.device(device))
-    if needed > free:
-        raise ResourceError(
-            f"A student of this size needs {needed / 1e9:.1f} GB beside its teacher, and "
-            f"{free / 1e9:.1f} GB are free.",
-            "Take a machine with more memory.",
-        )
+def resident() -> int:
+    """Bytes that this process holds, its libraries among them."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
-def choose(student: Any, settings: Training, device: str) -> tuple[Training, str]:
-    """The first strategy that fits: end to end; smaller micro batches; recomputed activations.
+def choose(
+    build: Callable[[], Any],
+    scheme: Scheme,
+    settings: Training,
+    device: str,
+    free: int | None = None,
+) -> tuple[Training, Memory, str]:
+    """The first strategy that fits ``free`` bytes (None: what the device has): settings and why.
 
-    Returns the settings and a sentence that says which and why.
+    ``build`` makes the dense model of the configuration, see `ternq.hf.blueprint`.
 
     Raises:
         ResourceError: none fits; the sentence says how much is missing.
     """
-    tried = [settings]
-    size = settings.micro_batch_size or settings.batch_size
-    while size > 1 and settings.micro_batch_size is None:
-        size = next(s for s in range(size // 2, 0, -1) if settings.batch_size % s == 0)
-        tried.append(replace(settings, micro_batch_size=size))
-    tried.append(replace(tried[-1], gradient_checkpointing=True))
-    for candidate in tried:
-        memory = estimate(student, candidate, device)
+    if free is None:
+        free = free_memory(torch.device(device))
+    least = None
+    for candidate, how in strategies(settings):
+        memory = Memory(footprint(build, scheme, candidate, device), free)
         if memory.fits:
-            how = f"micro batches of {candidate.micro_batch_size or candidate.batch_size}"
-            how += ", activations recomputed" if candidate.gradient_checkpointing else ""
-            return candidate, (
-                f"end to end, {how}: needs about {memory.needed / 1e9:.1f} GB of the "
-                f"{memory.free / 1e9:.1f} GB that are free"
-            )
-    missing = (memory.needed - memory.free) / 1e9
+            said = f"{how}: needs about {_gb(memory.needed)} of the {_gb(free)} that are free"
+            if memory.counted.rough:
+                said += f" (estimated from shapes: {memory.counted.rough})"
+            return candidate, memory, said
+        least = memory if least is None or memory.needed < least.needed else least
+    assert least is not None
     raise ResourceError(
-        f"Training end to end needs about {memory.needed / 1e9:.1f} GB of memory, "
-        f"{missing:.1f} GB more than is free.",
+        f"Training needs about {_gb(least.needed)} of memory, {_gb(least.needed - free)} more "
+        "than is free.",
         "Take a machine with more memory, or a shorter --sequence-length.",
     )
 
 
+def strategies(settings: Training) -> Iterator[tuple[Training, str]]:
+    """What is tried, in order: as asked; smaller micro batches; activations recomputed."""
+    yield settings, _said(settings)
+    size = settings.micro_batch_size or settings.batch_size
+    while size > 1 and settings.micro_batch_size is None:
+        size = next(s for s in range(size // 2, 0, -1) if settings.batch_size % s == 0)
+        settings = replace(settings, micro_batch_size=size)
+        yield settings, _said(settings)
+        settings = replace(settings, micro_batch_size=None)
+    if not settings.gradient_checkpointing:
+        settings = replace(settings, micro_batch_size=size, gradient_checkpointing=True)
+        yield settings, _said(settings)
+
+
+def _said(settings: Training) -> str:
+    how = f"end to end, micro batches of {settings.micro_batch_size or settings.batch_size}"
+    return how + (", activations recomputed" if settings.gradient_checkpointing else "")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
 def probe(trainer: Any) -> float:
-    """Tokens a second of one training step, measured on random tokens; nothing is learned."""
-    settings = trainer.settings
+    """Tokens a second of an optimizer step, measured on random tokens; nothing is learned.
+
+    The rate is 0 in it, and the optimizer forgets it afterwards.
+    """
+    settings, optimizer = trainer.settings, trainer.optimizer
     vocabulary = trainer.student.get_output_embeddings().weight.shape[0]
     shape = (settings.batch_size, settings.sequence_length)
     batch = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    seconds = []
-    for _ in range(PROBE_STEPS):
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    seconds: list[float] = []
+    while len(seconds) < 1 + PROBE_STEPS and sum(seconds) < PROBE_SECONDS:
         began = time.monotonic()
         trainer.accumulate(batch)
-        trainer.optimizer.zero_grad()
+        trainer.clip()
+        optimizer.step()
+        optimizer.zero_grad()
         seconds.append(time.monotonic() - began)
-    return batch.numel() / min(seconds)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.state.clear()
+    return batch.numel() / statistics.median(seconds[1:] or seconds)
 
 
 def planned_steps(settings: Training, rate: float) -> int:

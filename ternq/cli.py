@@ -95,6 +95,7 @@ def ternarize(
     resume: options.Resume = None,
     time_limit: options.TimeLimit = None,
     plan: options.Plan = False,
+    memory: options.Memory = None,
     recipe: options.RecipeFile = None,
     preset: options.Preset = "auto",
     keep_dtype: options.KeepDtype = False,
@@ -112,7 +113,7 @@ def ternarize(
     _warn_of_gates(gates, tasks, progress)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        return _plan(made, _path(out), world | {"overwrite": overwrite})
+        return _plan(made, _path(out), world | {"overwrite": overwrite, "memory": memory})
     from ternq.ternarize import ternarize as verb
 
     result = verb(
@@ -148,6 +149,7 @@ def distill(
     resume: options.Resume = None,
     time_limit: options.TimeLimit = None,
     plan: options.Plan = False,
+    memory: options.Memory = None,
     recipe: options.RecipeFile = None,
     teacher: options.Teacher = None,
     preset: options.Preset = "auto",
@@ -161,7 +163,8 @@ def distill(
     made = _recipe(model, recipe, seed, settings)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        return _plan(made, _path(out), world | {"teacher": teacher, "overwrite": overwrite})
+        others = {"teacher": teacher, "overwrite": overwrite, "memory": memory}
+        return _plan(made, _path(out), world | others)
     from ternq.distill import distill as verb
 
     result = verb(

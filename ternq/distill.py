@@ -4,7 +4,6 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 ``student.safetensors`` and ``report.json``.
 """
 
-import copy
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -25,14 +24,14 @@ from ternq.linear import (
     decoder_blocks,
     group_rule,
     packed_layers,
-    prepare,
     ternary_layers,
 )
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Scheme, Training
+from ternq.recipe import Recipe, Scheme
 from ternq.runs import REPORT
 from ternq.snapshots import checkpoints
+from ternq.student import student_of
 from ternq.train import Trainer, has_bf16
 from ternq.weights import stored_dtype, weights_summary
 
@@ -146,9 +145,11 @@ def prepare_run(
     cache: Path | None = None,
     record: dict[str, Any] | None = None,
     open_text: bool = True,
+    fitted: bool = False,
 ) -> Prepared:
     """Load teacher and student, put the ternary layers in, choose strategy and text.
 
+    ``fitted``: the recipe has been through `fitting` already.
     ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
     memory and network say now.
     """
@@ -159,15 +160,17 @@ def prepare_run(
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
+    notes: list[str] = []
+    if not fitted:
+        built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
+        recipe, _, notes = fitting(built, recipe, device, record=record)
     base = hf.load(model, dtype=torch.float32, progress=progress, **options)
     if "auto_map" in vars(base.model.config):
         raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
-    notes: list[str] = []
     if base.kind == "dense":
         big = base if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
-        budget.refuse_without_room(base.model, device)
-        student = replace(base, model=copy.deepcopy(base.model))
-        selection = prepare(student.model, recipe.scheme, recipe.training.ste)
+        made, selection = student_of(base.model, recipe.scheme, recipe.training)
+        student = replace(base, model=made)
     else:
         big, student = _from_ternary(base, teacher, options), base
         selection, recipe = _selection_of(student, recipe)
@@ -178,7 +181,6 @@ def prepare_run(
     if rule := group_rule(selection, recipe.scheme.group_size):
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
-    recipe = replace(recipe, training=_fitting(student, recipe.training, record, device, notes))
     specs, note = corpora.choose(big, recipe.training.data, offline)
     if record is not None and not recipe.training.data:
         specs, note = tuple(record.get("data", ())), None
@@ -192,16 +194,26 @@ def prepare_run(
     return Prepared(recipe, big, student, selection, text, notes, base.kind == "dense")
 
 
-def _fitting(
-    student: hf.Loaded,
-    training: Training,
-    record: dict[str, Any] | None,
+def fitting(
+    built: hf.Blueprint,
+    recipe: Recipe,
     device: str,
-    notes: list[str],
-) -> Training:
-    """The training settings with the strategy that fits, and no more positions than there are."""
+    memory: int | None = None,
+    record: dict[str, Any] | None = None,
+) -> tuple[Recipe, budget.Memory | None, list[str]]:
+    """The recipe with the strategy that fits, and no more positions than the model has.
+
+    Nothing is loaded for it. ``memory`` are bytes, by default what the device has free. Returns the
+    memory counted for it (None where ``record`` has the strategy), and what was chosen in words.
+    """
+    training, notes = recipe.training, []
+    longest = hf.max_length(built)
+    if training.sequence_length > longest:
+        notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
+        training = replace(training, sequence_length=longest)
+    counted = None
     if record is None:
-        training, why = budget.choose(student.model, training, device)
+        training, counted, why = budget.choose(built, recipe.scheme, training, device, memory)
         notes.append(f"Strategy: {why}.")
     else:
         then = Recipe.from_json(record["recipe"]).training
@@ -210,11 +222,7 @@ def _fitting(
             micro_batch_size=training.micro_batch_size or then.micro_batch_size,
             gradient_checkpointing=training.gradient_checkpointing or then.gradient_checkpointing,
         )
-    longest = hf.max_length(student.model)
-    if training.sequence_length > longest:
-        notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
-        training = replace(training, sequence_length=longest)
-    return training
+    return replace(recipe, training=training), counted, notes
 
 
 def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any]) -> hf.Loaded:

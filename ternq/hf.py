@@ -215,6 +215,52 @@ def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
         return model
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """A configuration, and the dense float32 model that it describes, with whatever weights."""
+
+    config: Any
+
+    def __call__(self) -> Any:
+        """Build the model."""
+        from transformers import AutoModelForCausalLM
+
+        build: Any = AutoModelForCausalLM.from_config
+        return build(self.config, dtype=torch.float32)
+
+
+def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = False) -> Blueprint:
+    """What a model is built like; its weights are not read, and need not be there.
+
+    Raises:
+        InputError: there is no such configuration, or it is not one of a causal language model.
+    """
+    from transformers import AutoConfig
+
+    path = local_path(model)
+    if path is not None and (path / RUN_FILE).is_file():
+        path = path / BASE_FOLDER
+    options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": trust_remote_code}
+    where = model if path is None else str(path)
+    if path is not None and path.is_file():
+        where, file = _where(model, path)
+        options |= file
+    elif path is not None and not (path / "config.json").is_file():
+        _where(model, path)  # which says so
+    with _in_words(model, offline):
+        config: Any = AutoConfig.from_pretrained(where, **options)
+        _refuse_other_models(model, config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    return Blueprint(config)
+
+
+def dtype_of(built: Blueprint) -> torch.dtype:
+    """The type that a configuration names for its weights; float32 if it names none."""
+    found = getattr(built.config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def check_structure(folder: Path) -> None:
     """Refuse an artefact whose configuration, files and tensors do not belong together.
 
@@ -235,7 +281,7 @@ def packed_config(folder: Path) -> TernqConfig:
         raise VerificationError(f"{folder / 'config.json'}: {error}.") from error
 
 
-def max_length(model: nn.Module) -> int:
+def max_length(model: nn.Module | Blueprint) -> int:
     """Positions the model was made for, as its configuration says; 2048 if it does not."""
     config = model.config
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):

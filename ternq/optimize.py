@@ -23,7 +23,7 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind = _kind(module, name)
+            kind = kind_of(module, name)
             parameter.requires_grad_(kind is not None)
             if kind is not None:
                 groups[kind].append(parameter)
@@ -39,7 +39,7 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
     )
 
 
-def _kind(module: nn.Module, name: str) -> str | None:
+def kind_of(module: nn.Module, name: str) -> str | None:
     if isinstance(module, TernaryLinear):
         if name == "weight":
             return "weights"

@@ -72,6 +72,14 @@ def duration_of(text: str) -> float:
     return total
 
 
+def bytes_of(text: str) -> int:
+    """Bytes of ``24GB`` or ``900MB``, decimal."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])B", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"'{text}' is not a size such as 24GB.")
+    return int(float(found[1]) * 1000 ** {"M": 2, "G": 3, "T": 4}[found[2].upper()])
+
+
 def limit_of(text: str) -> str:
     """A number of documents, or ``all``."""
     if text != "all" and not (text.isdecimal() and int(text)):
@@ -168,6 +176,16 @@ TimeLimit = Annotated[
     ),
 ]
 Plan = Annotated[bool, option("--plan", help="Check everything, say what would be done.")]
+Memory = Annotated[
+    int | None,
+    option(
+        "--memory",
+        parser=bytes_of,
+        metavar="24GB",
+        hidden=True,
+        help="With --plan: plan for a device of so much memory.",
+    ),
+]
 Documents = Annotated[
     Any,
     option(

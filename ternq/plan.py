@@ -1,13 +1,26 @@
-"""``--plan``: everything is validated and said, nothing is done."""
+"""``--plan``: everything is validated and said, nothing is done.
 
+Memory is counted on shapes (`ternq.footprint`), so that a model may be planned whose weights are
+not here, and for a device that is not here (``--memory``). Time is measured, by a few steps that
+teach nothing, where model and device are here.
+"""
+
+import time
 from pathlib import Path
 from typing import Any
 
-from ternq import budget, checkpoint, distill
-from ternq.progress import Progress, ignore
+import torch
+
+from ternq import budget, checkpoint, distill, hf
+from ternq.corpus import HELD_OUT_TOKENS
+from ternq.perplexity import BLOCK, tokens_per_second
+from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
+from ternq.student import student_of
 from ternq.train import Trainer
 from ternq.weights import stored_dtype, weights_summary
+
+PASSES = 3  # over the held-out text: teacher, untrained and packed student
 
 
 def plan(
@@ -17,6 +30,7 @@ def plan(
     out: Path,
     teacher: str | None = None,
     overwrite: bool = False,
+    memory: int | None = None,
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -24,61 +38,92 @@ def plan(
 ) -> dict[str, Any]:
     """What `ternarize` would make of ``model``: parameters, bits per weight, memory, disk, time.
 
-    Time comes from one training step measured here; the other figures are counted or estimated.
+    ``memory``: bytes of the device that it is planned for; None plans for the one that is here.
+
+    Raises:
+        ResourceError: no strategy fits; it says how much is missing.
     """
     checkpoint.check_output(out, overwrite)
-    prepared = distill.prepare_run(
-        model,
-        recipe,
-        teacher=teacher,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-        open_text=False,
-    )
-    student = prepared.student.model
-    settings = prepared.recipe.training
-    memory = budget.estimate(student, settings, device)
+    resident = budget.resident()
+    built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
+    progress(Event("plan", "Counting what a step of training holds in memory"))
+    recipe, counted, notes = distill.fitting(built, recipe, device, memory)
+    assert counted is not None, "it is where no run is gone on with"
+    with torch.device("meta"):
+        student, selection = student_of(built(), recipe.scheme, recipe.training, built())
+    weights = weights_summary(student, stored_dtype(hf.dtype_of(built)))
+    disk, free = _disk(weights, counted, recipe), checkpoint.free_disk(out)
+    found: dict[str, Any] = {
+        "model": model,
+        "weights": weights,
+        "dense_layers": [vars(d) for d in selection.dense],
+        "notes": notes,
+        "memory": counted.to_json() | {"peak": resident + counted.needed},
+        "disk": {"needed": disk, "free": free},
+        "training": _training(recipe, None),
+        "seconds": None,
+        "fits": disk <= free,
+        "reason": None if disk <= free else f"{(disk - free) / 1e9:.1f} GB of disk are missing.",
+    }
+    if memory is None:
+        began = time.monotonic()
+        prepared = distill.prepare_run(
+            model,
+            recipe,
+            teacher=teacher,
+            device=device,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            open_text=False,
+            fitted=True,
+        )
+        recipe, found["notes"] = prepared.recipe, notes + prepared.notes
+        found |= _times(prepared, out, time.monotonic() - began, progress)
+    return found | {"recipe": recipe.to_json()}
+
+
+def _times(
+    prepared: distill.Prepared, out: Path, loading: float, progress: Progress
+) -> dict[str, Any]:
+    """How long the parts of it take, from a few steps and a few pages measured here."""
+    progress(Event("plan", "Measuring how fast this machine trains and reads"))
+    student, teacher = prepared.student.model, prepared.teacher.model
+    length = min(BLOCK, hf.max_length(student))
+    with torch.no_grad():
+        reading = [tokens_per_second(m.eval(), length) for m in (teacher, student)]
     trainer = Trainer(
         student=student,
-        teacher=prepared.teacher.model,
+        teacher=teacher,
         blocks=iter(()),
-        settings=settings,
+        settings=prepared.recipe.training,
         steps=1,
         folder=out,
         progress=progress,
     )
-    rate = budget.probe(trainer)
-    steps = budget.planned_steps(settings, rate)
-    tokens = steps * settings.batch_size * settings.sequence_length
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in student.parameters())
-    weights = weights_summary(student, stored_dtype(prepared.student.dtype))
-    disk = weights["bytes"] + 2 * 4 * (everything + 2 * trained)  # two checkpoints at once
-    disk += 4 * everything if settings.start == "compensated" else 0
-    free = checkpoint.free_disk(out)
-    fits = memory.fits and disk <= free
-    return {
-        "model": model,
-        "weights": weights,
-        "dense_layers": [vars(d) for d in prepared.selection.dense],
-        "notes": prepared.notes,
-        "recipe": prepared.recipe.to_json(),
-        "training": {
-            "steps": steps,
-            "tokens": tokens,
-            "tokens_per_second": rate,
-            "seconds": tokens / rate,
-        },
-        "memory": {"needed": memory.needed, "free": memory.free},
-        "disk": {"needed": disk, "free": free},
-        "fits": fits,
-        "reason": None if fits else _missing(memory, disk, free),
+    training = _training(prepared.recipe, budget.probe(trainer))
+    held_out = len(prepared.corpus.held_out) or HELD_OUT_TOKENS
+    parts = {
+        "loading": loading,
+        "training": training["seconds"],
+        "evaluation": held_out * (1 / reading[0] + (PASSES - 1) / reading[1]),
+        "packing": loading,  # written, read back and loaded again
     }
+    return {"training": training, "seconds": parts | {"total": sum(parts.values())}}
 
 
-def _missing(memory: budget.Memory, disk: int, free: int) -> str:
-    if not memory.fits:
-        return f"{(memory.needed - memory.free) / 1e9:.1f} GB of memory are missing."
-    return f"{(disk - free) / 1e9:.1f} GB of disk are missing."
+def _training(recipe: Recipe, rate: float | None) -> dict[str, Any]:
+    """Steps and tokens, where they are named or a rate is known; and how long they take."""
+    settings = recipe.training
+    named = settings.steps is not None or settings.tokens is not None
+    steps = budget.planned_steps(settings, rate or 0.0) if named or rate else None
+    tokens = None if steps is None else steps * settings.batch_size * settings.sequence_length
+    seconds = tokens / rate if rate and tokens is not None else None
+    return {"steps": steps, "tokens": tokens, "tokens_per_second": rate, "seconds": seconds}
+
+
+def _disk(weights: dict[str, Any], counted: budget.Memory, recipe: Recipe) -> int:
+    """Artefact and checkpoints: the student and its optimizer, two at once and one on the way."""
+    student = 4 * weights["parameters"] + counted.counted.optimizer
+    start = 4 * weights["parameters"] if recipe.training.start != "closed-form" else 0
+    return int(weights["bytes"] + 3 * student + start)

@@ -293,16 +293,21 @@ def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
     yield "bits per weight of all", f"{weights['bpw_total']:.3f}"
     yield "artefact", size(weights["bytes"])
     yield "training", _budget(training)
-    yield "time", f"{duration(training['seconds'])} of training"
+    if payload["seconds"]:
+        parts = payload["seconds"]
+        yield "time", f"{duration(parts['total'])}, {duration(parts['training'])} of it training"
     for kind in ("memory", "disk"):
         needed, free = (size(payload[kind][key]) for key in ("needed", "free"))
         yield kind, f"{needed} of {free} free"
 
 
 def _budget(training: Payload) -> str:
+    if training["steps"] is None:
+        return "as many tokens as a short probe will say"
     if not training["steps"]:
         return "nothing: this is the start of training alone"
-    rate = f"{training['tokens_per_second']:,.0f} a second"
+    known = training["tokens_per_second"]
+    rate = f"{known:,.0f} a second" if known else "time not measured"
     return f"{training['tokens']:,} tokens in {training['steps']:,} steps, {rate}"
 
 

@@ -60,7 +60,10 @@ class Trainer:
         self.optimizer = optimizer(self.student, self.settings)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
         self.objective = Objective(self.student, self.teacher, self.settings, autocast)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        here = [False, False]  # both are on their device
+        self.wrapped, self.optimizer = self.accelerator.prepare(
+            self.objective, self.optimizer, device_placement=here
+        )
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -97,7 +100,7 @@ class Trainer:
         diagnose = self.watch.due(self.step, self.steps)
         before = self.watch.codes() if diagnose else {}
         values = self.accumulate(batch)
-        norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self._clip()))
+        norm = self.clip()
         self.watch.check_finite(self.step, values["loss"], norm)
         lr = set_rate(self.optimizer, self.step, self.steps, self.settings)
         self.optimizer.step()
@@ -116,8 +119,10 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + float(value) * len(part) / len(batch)
         return sums
 
-    def _clip(self) -> float:
-        return self.settings.clip or math.inf
+    def clip(self) -> float:
+        """Clip the gradient; returns the norm that it had."""
+        largest = self.settings.clip or math.inf
+        return float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), largest))
 
     # -- what is said of it ----------------------------------------------------------------------
 

@@ -1,6 +1,12 @@
-"""What is watched while a student trains: its codes and scales, and whether it still learns."""
+"""What is watched while a student trains: its codes and scales, and whether it still learns.
+
+Three things end a training with `DivergenceError`: a loss or gradient that is not finite, a loss
+that stays above its start, and a layer whose codes have become one and the same. The limits are
+ours, and wide: a run that trips them is lost, not slow.
+"""
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +15,26 @@ from ternq.errors import DivergenceError
 from ternq.linear import TernaryLinear, ternary_layers
 
 DIAGNOSE_SHARE = 0.05  # of the steps; flips and drift cost a second rounding of every weight
+START_STEPS = 10  # their mean loss is where the training starts
+WORSE = 1.05  # times the start: a loss beyond it is above the start, not merely noisy
+LONG_SHARE, LONG_STEPS = 0.1, 50  # of the steps, and at least: this long above is lost
+ONE_CODE = 0.995  # share of a layer's commonest code from which on it is one code
+
+
+@dataclass
+class Course:
+    """How the loss went so far: its mean over the first steps, and how long it has been above."""
+
+    start: float = 0.0
+    counted: int = 0
+    above: int = 0
+
+    def add(self, loss: float) -> None:
+        """Count a step's loss."""
+        if self.counted < START_STEPS:
+            self.counted += 1
+            self.start += (loss - self.start) / self.counted
+        self.above = self.above + 1 if loss > WORSE * self.start else 0
 
 
 class Watch:
@@ -17,6 +43,22 @@ class Watch:
     def __init__(self, student: nn.Module) -> None:
         self.student = student
         self.initial = {n: _scales(m) for n, m in ternary_layers(student).items()}
+        self.course = Course()
+        self.constant = set(_of_one_code(self.codes()))  # before anything was learned
+        self.collapsed: list[str] = []
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return asdict(self.course)
+
+    def go_on(self, state: dict[str, float]) -> None:
+        """Take up the `state` of a checkpoint."""
+        self.course = Course(state["start"], int(state["counted"]), int(state["above"]))
+
+    @property
+    def good(self) -> bool:
+        """Whether the last loss was not above the start: a state worth going back to."""
+        return self.course.above == 0
 
     def due(self, step: int, steps: int) -> bool:
         """Whether this step, counted from 0, is one of the few that are looked at."""
@@ -30,6 +72,7 @@ class Watch:
     def diagnostics(self, before: dict[str, Tensor]) -> dict[str, float]:
         """Share of codes this step flipped, share of zeros, drift of scales and shifts."""
         after = self.codes()
+        self.collapsed = [n for n in _of_one_code(after) if n not in self.constant]
         count = sum(c.numel() for c in after.values())
         flips = sum(int((after[n] != before[n]).sum()) for n in after)
         zeros = sum(int((c == 0).sum()) for c in after.values())
@@ -46,17 +89,51 @@ class Watch:
             "shift_drift": shift_drift,
         }
 
+    # -- divergence --------------------------------------------------------------------------------
+
     def check_finite(self, step: int, loss: float, norm: float) -> None:
-        """`DivergenceError`, naming the layer, if the loss or the gradient's norm is not finite."""
+        """`DivergenceError`, naming the layer, if the loss or the gradient's norm is not finite.
+
+        ``step`` is counted from 1.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             return
         layers = ternary_layers(self.student).items()
         bad = [n for n, m in layers if not _finite(m.weight.grad) or not _finite(m.weight)]
         where = f", first seen in {bad[0]}" if bad else ""
-        raise DivergenceError(
-            f"Training diverged at step {step + 1}: loss {loss}{where}.",
-            "Try a lower --lr; the last checkpoint is kept.",
-        )
+        what = f"loss {loss}" if not math.isfinite(loss) else "a gradient that is not finite"
+        raise _diverged(step, f"{what}{where}", "a lower --lr, or a smaller --clip")
+
+    def check(self, step: int, steps: int, loss: float) -> None:
+        """`DivergenceError` if a layer's codes have become one, or the loss is lost; once a step.
+
+        ``step`` is counted from 1.
+        """
+        self.course.add(loss)
+        if self.collapsed:
+            name = self.collapsed[0]
+            why = f"{ONE_CODE:.1%} of the codes of {name} have become one"
+            raise _diverged(step, why, f"a lower --lr, or --skip {name}")
+        longest = max(LONG_STEPS, round(LONG_SHARE * steps))
+        if self.course.above >= longest:
+            why = f"for {longest} steps the loss was above its start of {self.course.start:.4f}"
+            raise _diverged(step, f"{why} (now {loss:.4f})", "a lower --lr, or more --warmup")
+
+
+def _diverged(step: int, why: str, instead: str) -> DivergenceError:
+    return DivergenceError(
+        f"Training diverged at step {step}: {why}.",
+        f"Try {instead}; the last good checkpoint is kept. --retreats N goes back to it, slower.",
+    )
+
+
+def _of_one_code(codes: dict[str, Tensor]) -> list[str]:
+    """The layers in which nearly all codes are alike."""
+    return [n for n, c in codes.items() if max(_share(c, v) for v in (-1, 0, 1)) >= ONE_CODE]
+
+
+def _share(codes: Tensor, value: int) -> float:
+    return int((codes == value).sum()) / codes.numel()
 
 
 def _scales(layer: TernaryLinear) -> list[Tensor]:

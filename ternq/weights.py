@@ -21,7 +21,7 @@ class Tally:
 
     linear: int = 0
     linear_bits: int = 0
-    zeros: int = 0
+    zeros: int | None = None  # not of layers without memory
     embedding: int = 0
     embedding_bits: int = 0
     other: int = 0
@@ -32,7 +32,8 @@ class Tally:
         rows, columns = codes.shape
         self.linear += codes.numel()
         self.linear_bits += layer_bits(columns, rows, group_size, shift)
-        self.zeros += codes.numel() - int(codes.count_nonzero())
+        if not codes.is_meta:
+            self.zeros = (self.zeros or 0) + codes.numel() - int(codes.count_nonzero())
 
     def add_dense(self, count: int, bits: int, *, embedding: bool) -> None:
         """Count a tensor that is not ternary: of the embeddings and output head, or another."""
@@ -54,7 +55,7 @@ class Tally:
             "bpw_total": bits / everything,
             "bytes": bits // 8,
             "bytes_dense_bf16": 2 * everything,
-            "zero_share": self.zeros / self.linear,
+            "zero_share": None if self.zeros is None else self.zeros / self.linear,
             "parameters": everything,
         }
 

@@ -1,0 +1,169 @@
+"""What training holds in memory at its peak, counted before anything is loaded.
+
+Student, teacher and optimizer are built of tensors that have shapes and no memory (torch's fake
+tensors), one training step runs on them by the code that trains, and every storage alive is
+counted. So the count follows the code, whatever architecture, options and losses it runs; nothing
+is guessed but what lies outside of torch.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ternq.linear import decoder_blocks, ternary_layers
+from ternq.progress import ignore
+from ternq.recipe import Scheme, Training
+from ternq.student import student_of
+from ternq.train import Trainer, has_bf16
+
+EXACT = 8  # blocks up to which all are run; of deeper models, that number and half of it
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak of training, by kind, and what they are of.
+
+    ``weights`` of teacher and student, ``optimizer`` its states, ``step`` what a step takes beside
+    them at its peak: activations, gradients, rounded weights. ``rough`` says why it could only be
+    estimated from the shapes; None where it was counted.
+    """
+
+    weights: int
+    optimizer: int
+    step: int
+    parameters: int
+    trained: int
+    ternary: int
+    rough: str | None = None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.optimizer + self.step
+
+
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of every storage alive, and answers for numbers that do not exist."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1  # what .item() gives of a tensor that has no value: true, finite, one
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return found
+
+    def _count(self, storage: Any) -> None:
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def footprint(
+    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str
+) -> Footprint:
+    """Count one training step of the model that ``build`` makes, in memory of ``device``.
+
+    Models of more than 8 blocks are counted with 4 and 8 of them, and the rest as these differ.
+    """
+    blocks = _depth(build)
+    try:
+        if blocks <= EXACT:
+            return _counted(build, scheme, settings, device, blocks)
+        half, whole = (_counted(build, scheme, settings, device, n) for n in (EXACT // 2, EXACT))
+    except RuntimeError as error:  # a model that looks into its tensors, say
+        return _roughly(build, settings, str(error).strip().partition("\n")[0])
+    return _extended(half, whole, EXACT // 2, blocks - EXACT)
+
+
+def _extended(a: Footprint, b: Footprint, between: int, more: int) -> Footprint:
+    one, two = vars(a), vars(b)
+    grown = {k: two[k] + (two[k] - one[k]) * more // between for k in two if k != "rough"}
+    return Footprint(**grown)
+
+
+def _roughly(build: Callable[[], Any], settings: Training, reason: str) -> Footprint:
+    """An estimate from shapes, for float32 and AdamW, all of which is trained."""
+    with torch.device("meta"):
+        model = build()
+    everything = sum(p.numel() for p in model.parameters())
+    linear = sum(p.numel() for p in decoder_blocks(model)[1].parameters())
+    config, blocks = model.config.get_text_config(), len(decoder_blocks(model)[1])
+    mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
+    # a block keeps about 12 vectors of the hidden size and 4 of the MLP's; recomputed ones keep 1
+    wide = 12 * config.hidden_size + 4 * mlp
+    kept = config.hidden_size if settings.gradient_checkpointing else wide
+    activations = 4 * tokens * (kept * blocks + wide + 3 * config.vocab_size)
+    return Footprint(8 * everything, 8 * linear, 9 * linear + activations, everything, linear,
+                     linear, reason)  # fmt: skip
+
+
+def _depth(build: Callable[[], Any]) -> int:
+    with torch.device("meta"):
+        return len(decoder_blocks(build())[1])
+
+
+def _counted(
+    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str, blocks: int
+) -> Footprint:
+    size = settings.micro_batch_size or settings.batch_size
+    few = min(settings.batch_size, 2 * size)  # the second adds to the gradients of the first
+    settings = replace(settings, batch_size=few)
+    with warnings.catch_warnings(), FakeTensorMode(), _Alive() as alive:
+        warnings.filterwarnings("ignore", "Accessing the data pointer")  # by deepcopy
+        teacher, twin = build(), build()  # as fake tensors are not to be copied
+        for model in (teacher, twin):
+            del decoder_blocks(model)[1][blocks:]
+        student = student_of(teacher, scheme, settings, twin)[0]
+        ids = torch.zeros(settings.sequence_length, dtype=torch.int64)
+        trainer = Trainer(
+            student=student,
+            teacher=teacher,
+            blocks=repeat(ids),
+            settings=settings,
+            steps=1,
+            folder=Path(),
+            progress=ignore,
+        )
+        bf16 = device != "cpu" or has_bf16(torch.device("cpu"))
+        trainer.objective.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        weights = alive.now
+        for parameter in filter(lambda p: p.requires_grad, student.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()  # makes its states
+        trainer.optimizer.zero_grad()
+        held = alive.peak = alive.now
+        trainer.one_step()
+    return Footprint(
+        weights=weights,
+        optimizer=held - weights,
+        step=alive.peak - held,
+        parameters=sum(p.numel() for p in student.parameters()),
+        trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
+        ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
+    )

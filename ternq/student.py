@@ -1,0 +1,38 @@
+"""A student beside its teacher: a copy with ternary layers, and what never learns held once."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ternq.linear import Selection, decoder_blocks, prepare
+from ternq.optimize import kind_of
+from ternq.recipe import Scheme, Training
+
+
+def student_of(
+    teacher: Any, scheme: Scheme, settings: Training, twin: Any = None
+) -> tuple[Any, Selection]:
+    """A student of a dense model, at its closed-form start, and which layers became ternary.
+
+    Parameters that do not learn (embeddings, output head) are the teacher's own, not copies.
+    ``twin`` is made the student, where a copy of the teacher stands there already.
+    """
+    kept = _kept(teacher)
+    if twin is None:
+        twin = copy.deepcopy(teacher, {id(p): p for p in kept.values()})
+    for name, parameter in kept.items():
+        module, _, own = name.rpartition(".")
+        setattr(twin.get_submodule(module), own, parameter)
+    return twin, prepare(twin, scheme, settings.ste)
+
+
+def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters outside of the decoder's blocks that do not learn, under all of their names."""
+    inside = {id(p) for p in decoder_blocks(model)[1].parameters()}
+    return {
+        f"{name}.{own}": parameter
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if kind_of(module, own) is None and id(parameter) not in inside
+    }
