@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ternq import checkpoint, structure
+from ternq import checkpoint, processes, structure
 from ternq.errors import InputError, ResourceError, VerificationError
 from ternq.formats.gguf_file import Q2_0, Header
 from ternq.linear import TernaryLinear, packed_layers
@@ -321,8 +321,9 @@ def unique_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[int, Any]] = set()
     state = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() == 0 or key not in seen:
+        here = processes.local(tensor)
+        key = (here.data_ptr(), tuple(tensor.shape))
+        if here.numel() == 0 or key not in seen:
             state[name] = tensor.detach()
         seen.add(key)
     return state
@@ -339,6 +340,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     wrong += [n for n in state if n not in expected]
     if wrong:
         raise InputError(f"{where} does not fit its configuration: '{wrong[0]}' is wrong.")
+    state = {name: processes.placed(tensor, expected[name]) for name, tensor in state.items()}
     model.load_state_dict(state, strict=False)
 
 
