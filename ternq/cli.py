@@ -463,9 +463,8 @@ def _world(device: str | None, settings: Payload) -> Payload:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"device": processes.device_of(device)} | {
-        k: settings[k] for k in ("offline", "trust_remote_code")
-    }
+    world = {k: settings[k] for k in ("offline", "trust_remote_code")}
+    return {"device": processes.device_of(device)} | world
 
 
 def _names(texts: Sequence[str] | None) -> tuple[str, ...]:

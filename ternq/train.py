@@ -75,9 +75,7 @@ class Trainer:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-        features_only = (
-            self.settings.kl == self.settings.ce == 0
-        )  # then norm and head learn nothing
+        features_only = self.settings.kl == self.settings.ce == 0  # final norm and head: no part
         return Accelerator(
             cpu=self.device.type == "cpu",
             mixed_precision="no",
