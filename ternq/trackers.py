@@ -26,13 +26,20 @@ def begin(accelerator: Any, folder: Path, settings: dict[str, Any]) -> None:
     """Open the trackers of an Accelerator, and tell them the settings of the run ``folder``.
 
     Every command on a run is a run of its own in Weights & Biases, in the group of that run.
+
+    Raises:
+        RecipeError: a tracker will not begin.
     """
     if not accelerator.log_with:
         return
     name = folder.resolve().name
     wandb = {"name": name, "group": name, "dir": str(accelerator.logging_dir)}
     known = {k: _plain(v) for k, v in settings.items() if v is not None}
-    accelerator.init_trackers(PROJECT, known, {"wandb": wandb})
+    try:
+        accelerator.init_trackers(PROJECT, known, {"wandb": wandb})
+    except Exception as error:  # of a library that only the user has: no login, no network
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RecipeError(f"--log-with: {said}", "Mend it, or leave --log-with out.") from error
 
 
 def end(accelerator: Any) -> None:

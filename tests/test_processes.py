@@ -1,18 +1,20 @@
 """Two processes do what one does: the same losses, the same student, each other's checkpoints."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from conftest import ROOT
 from test_train import metrics, trainer
 from together import KIND, SETTINGS, finish
 
-from ternq import checkpoint, hf, processes, snapshots, stop
+from ternq import checkpoint, cli, hf, processes, snapshots, stop
 from ternq.errors import RecipeError, StoppedError
 from ternq.snapshots import METRICS
 
@@ -136,3 +138,57 @@ def test_other_engines_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=said):
         processes.sharding()
+
+
+# The command line
+
+
+def started(source: Path, text: Path, out: Path, *more: str, steps: str = "3") -> list[str]:
+    """A command of two processes."""
+    settings = f"--group-size 16 --sequence-length 16 --batch-size 4 --steps {steps} --offline"
+    return ["-m", "ternq", *more, str(source), "--data", str(text), *settings.split(),
+            "-o", str(out), "--json"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.text_file(tmp_path_factory.mktemp("text") / "text.jsonl", 20_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_the_whole_job_by_two_processes(
+    source: Path, long_text: Path, tmp_path: Path, sharded: str
+) -> None:
+    out = tmp_path / "out"
+    command = started(source, long_text, out, "ternarize")
+    done = together(*command, ACCELERATE_USE_FSDP=sharded)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["status"] == "ok"
+    assert result["verify"]["ok"]
+    assert len((tmp_path / "out.report" / METRICS).read_text().splitlines()) == 3
+    assert done.stderr.count("Loading") == 1  # others are silent
+    assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_command_says_so_once_and_goes_on(
+    source: Path, long_text: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = started(source, long_text, run, "distill")
+    stopped = together(*command, "--time-limit", "0.001")
+    assert stopped.returncode == 1  # the launcher's own; it prints those of its processes
+    assert stopped.stderr.count("exitcode  : 75") == 2
+    assert json.loads(stopped.stdout)["exit_code"] == 75
+    assert cli.run(command[2:]) == 0
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_what_one_process_does_is_refused(tmp_path: Path) -> None:
+    done = together("-m", "ternq", "eval", str(tmp_path), "--json")
+    assert done.stderr.count("exitcode  : 2") == 2
+    assert "one process" in json.loads(done.stdout)["error"]["message"]
