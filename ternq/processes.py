@@ -56,7 +56,7 @@ def refuse_many(what: str) -> None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says no more than that another process has ended."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Connection refused")
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "ncclRemoteError")
     return count() > 1 and isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
 
 
@@ -173,7 +173,7 @@ def sharding() -> dict[str, Any] | None:
             f"{engine} was asked of accelerate; ternq trains with DDP or FSDP 2.",
             "accelerate launch --use_fsdp --fsdp_version 2 ...",
         )
-    if not asked or count() == 1:
+    if not asked or not launched():
         return None
     return {
         "reshard_after_forward": _yes("FSDP_RESHARD_AFTER_FORWARD", "true"),
@@ -232,7 +232,7 @@ def over_shards(numbers: list[float], tensor: Any) -> list[float]:
 def gathered(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Tensors as one process has them: shards are put together, on the main process's CPU.
 
-    All processes must call it; those tensors that others would only throw away they do not get.
+    All processes must call it; others than the main one get nothing for a tensor in shards.
     """
     found = {}
     for name, tensor in tensors.items():

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ternq import processes, ternary
+from ternq import processes
 from ternq.errors import DivergenceError
 from ternq.linear import TernaryLinear, ternary_layers
 
@@ -25,9 +25,8 @@ class Watch:
         return step % every == 0 or step == steps - 1
 
     def codes(self) -> dict[str, Tensor]:
-        """The codes in use, by layer."""
-        layers = ternary_layers(self.student).items()
-        return {n: ternary.quantize(processes.local(m.weight), m.group_size) for n, m in layers}
+        """The codes in use, by layer; of a layer in shards, this process's rows."""
+        return {n: m.codes() for n, m in ternary_layers(self.student).items()}
 
     def diagnostics(self, before: dict[str, Tensor]) -> dict[str, float]:
         """Share of codes this step flipped, share of zeros, drift of scales and shifts."""
