@@ -22,7 +22,7 @@ from typing import Any, cast
 import typer
 
 import ternq
-from ternq import stop
+from ternq import processes, stop
 from ternq.errors import (
     GateError,
     InterruptedByUser,
@@ -36,6 +36,8 @@ from ternq.recipe import display_name
 Payload = dict[str, Any]
 
 SCHEMA_VERSION = 1
+OWN = (1, 3, 4, 6)  # exit statuses that need not be the main process's: others say theirs too
+TOGETHER = ("distill", "ternarize")  # commands that several processes can share
 # typer brings its own click, or since 0.26 a copy of it, and exports this child of its usage errors
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
@@ -87,7 +89,7 @@ def run(
         error = _in_words(caught)
         if session.verbose:
             traceback.print_exc()
-    for report in (_report, _report_junit):
+    for report in (_report, _report_junit) if processes.is_main() else ():
         try:
             report(session, error)
         except BrokenPipeError:
@@ -180,11 +182,12 @@ def _named(option: str, arguments: Sequence[str]) -> Path | None:
 
 def _end(session: Session, error: TernqError | None) -> int:
     """Say the error in one sentence with its way out, print the JSON, return the exit status."""
-    if error:
+    if error and (processes.is_main() or error.exit_code in OWN):
         from ternq import report
 
-        report.show_error(error.message, error.hint)
-    if session.json:
+        who = "" if processes.is_main() else f"process {processes.rank()}: "
+        report.show_error(who + error.message, error.hint)
+    if session.json and processes.is_main():
         text = json.dumps(_plain(_envelope(session, error)), ensure_ascii=False, allow_nan=False)
         print(text, flush=True)
     return error.exit_code if error else 0
@@ -223,6 +226,10 @@ def _in_words(error: BaseException) -> TernqError:
         return InterruptedByUser("Interrupted.", "The same command goes on, or begins again.")
     if isinstance(error, UsageError):
         return _usage(error)
+    if processes.is_lost(error):
+        return ResourceError(
+            "Another process of this training has ended.", "Its own message says why."
+        )
     if _is_memory(error):
         return ResourceError(
             "Not enough memory.", "Try a smaller --batch-size or --sequence-length."
@@ -283,10 +290,14 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     if "out" in given and given["out"] is None and given["model"] and not given.get("verify"):
         given["out"] = default_out(given["model"], given.get("format"))
     session.payload = {key: given.get(key) for key in ("model", "out", "seed")}
+    if name not in TOGETHER:
+        processes.refuse_many(f"ternq {name}")
     _check_writable(session)
     _set_environment(session.verbose, given.get("offline", False))
     stop.install()
-    display = terminal.display(quiet=session.quiet, plain=flags["no_progress"])
+    display = terminal.display(
+        quiet=session.quiet, plain=flags["no_progress"], silent=not processes.is_main()
+    )
     try:
         result = verb(**given, progress=display)
     finally:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, cast
 import typer
 
 import ternq
-from ternq import boundary, helptext, options
+from ternq import boundary, helptext, options, processes
 from ternq.boundary import Payload, UsageMistake
 from ternq.errors import InputError
 from ternq.progress import Event, Progress
@@ -94,6 +94,7 @@ def ternarize(
     overwrite: options.Overwrite = False,
     resume: options.Resume = None,
     time_limit: options.TimeLimit = None,
+    log_with: options.LogWith = None,
     plan: options.Plan = False,
     memory: options.Memory = None,
     recipe: options.RecipeFile = None,
@@ -123,6 +124,7 @@ def ternarize(
         overwrite=overwrite,
         resume=resume,
         time_limit=time_limit,
+        log_with=_names(log_with),
         keep_dtype=keep_dtype,
         embeddings=embeddings,
         tasks=tasks,
@@ -131,7 +133,8 @@ def ternarize(
         made=_made(),
         **world,
     )
-    return {"seed": made.seed, **result, "gates": _judged_training(gates, model, result)}
+    judged = _judged_training(gates, model, result) if processes.is_main() else []
+    return {"seed": made.seed, **result, "gates": judged}
 
 
 @command(
@@ -148,6 +151,7 @@ def distill(
     overwrite: options.Overwrite = False,
     resume: options.Resume = None,
     time_limit: options.TimeLimit = None,
+    log_with: options.LogWith = None,
     plan: options.Plan = False,
     memory: options.Memory = None,
     recipe: options.RecipeFile = None,
@@ -175,6 +179,7 @@ def distill(
         overwrite=overwrite,
         resume=resume,
         time_limit=time_limit,
+        log_with=_names(log_with),
         **world,
     )
     return {"seed": made.seed, **result}
@@ -461,7 +466,8 @@ def _world(device: str | None, settings: Payload) -> Payload:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"device": device} | {k: settings[k] for k in ("offline", "trust_remote_code")}
+    world = {k: settings[k] for k in ("offline", "trust_remote_code")}
+    return {"device": processes.device_of(device)} | world
 
 
 def _names(texts: Sequence[str] | None) -> tuple[str, ...]:

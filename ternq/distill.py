@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, runs
+from ternq import budget, checkpoint, hf, processes, runs, trackers
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
@@ -58,6 +58,7 @@ def distill(
     resume: bool | None = None,
     overwrite: bool = False,
     time_limit: float | None = None,
+    log_with: tuple[str, ...] = (),
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -65,12 +66,14 @@ def distill(
 ) -> dict[str, Any]:
     """Train a ternary student of ``model`` into the run folder ``out``, or go on where it stopped.
 
-    Returns the fields of the contract for ``distill``. ``resume``: True must, False must not.
+    Returns the fields of the contract for ``distill``. ``resume``: True must, False must not. Of
+    several processes (`ternq.processes`) the main one measures the student; others return early.
 
     Raises:
         RecipeError: ``out`` holds something else, or a run of another recipe.
         StoppedError, InterruptedByUser, DivergenceError: see `ternq.train.Trainer.run`.
     """
+    trackers.check(log_with)
     prepared, record = begin(
         model,
         out,
@@ -86,7 +89,11 @@ def distill(
     if (out / REPORT).is_file():
         progress(Event("done", f"{out} is finished already; nothing to do"))
         return checkpoint.read_json(out / REPORT)
-    report = train_run(prepared, out, record, time_limit=time_limit, progress=progress)
+    report = train_run(
+        prepared, out, record, time_limit=time_limit, log_with=log_with, progress=progress
+    )
+    if not processes.is_main():
+        return report
     report["student"] = perplexity(prepared, prepared.student, progress, "student")
     checkpoint.write_json(out / REPORT, report)
     for old in checkpoints(out):  # only now: a run that stops before it is done goes on from them
@@ -109,9 +116,29 @@ def begin(
 
     ``options`` are those of `prepare_run`. Returns what the loop needs and the run's record.
     """
+    processes.refuse_uneven(recipe.training.batch_size)
+    processes.join(options.get("device", "cpu"))
     runs.refuse_input(out, [model, options.get("teacher")])
-    record = runs.existing(out, resume, overwrite)
+    record = processes.from_main(lambda: runs.existing(out, resume, overwrite))
     prepared = prepare_run(model, recipe, cache=out, record=record, progress=progress, **options)
+
+    def opened() -> dict[str, Any]:
+        _open(prepared, out, record, resume, overwrite, bool(options.get("offline")), progress)
+        return hf.read_run(out)
+
+    return prepared, processes.from_main(opened)
+
+
+def _open(
+    prepared: Prepared,
+    out: Path,
+    record: dict[str, Any] | None,
+    resume: bool | None,
+    overwrite: bool,
+    offline: bool,
+    progress: Progress,
+) -> None:
+    """Make the run folder ``out``, or go on with what is there if it is of this recipe."""
     if record is not None:
         found = runs.differences(record, prepared.recipe, prepared.corpus.held_out)
         finished = (out / REPORT).is_file()
@@ -127,10 +154,9 @@ def begin(
             progress(Event("plan", f"Going on with the run in {out}"))
     if record is None:
         student, text = prepared.student, prepared.corpus
-        licence = hf.licence(model, student.path, bool(options.get("offline")))
+        licence = hf.licence(prepared.recipe.model, student.path, offline)
         specs = list(text.specs)
         runs.begin(out, prepared.recipe, student, text.held_out, specs, licence)
-    return prepared, hf.read_run(out)
 
 
 def prepare_run(
@@ -163,14 +189,15 @@ def prepare_run(
     notes: list[str] = []
     if not fitted:
         built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
-        recipe, _, notes = fitting(built, recipe, device, record=record)
+        asked = recipe
+        recipe, _, notes = processes.from_main(lambda: fitting(built, asked, device, record=record))
     base = hf.load(model, dtype=torch.float32, progress=progress, **options)
     if "auto_map" in vars(base.model.config):
         raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
     if base.kind == "dense":
         big = base if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
-        made, selection = student_of(base.model, recipe.scheme, recipe.training)
-        student = replace(base, model=made)
+        pupil, selection = student_of(base.model, recipe.scheme, recipe.training)
+        student = replace(base, model=pupil)
     else:
         big, student = _from_ternary(base, teacher, options), base
         selection, recipe = _selection_of(student, recipe)
@@ -181,7 +208,8 @@ def prepare_run(
     if rule := group_rule(selection, recipe.scheme.group_size):
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
-    specs, note = corpora.choose(big, recipe.training.data, offline)
+    wanted = recipe.training.data
+    specs, note = processes.from_main(lambda: corpora.choose(big, wanted, offline))
     if record is not None and not recipe.training.data:
         specs, note = tuple(record.get("data", ())), None
     notes += [note] if note else []
@@ -190,7 +218,12 @@ def prepare_run(
     if not open_text and corpora.has_own_text(specs):
         text = corpora.unwritten(specs)
     else:
-        text = corpora.corpus(big, recipe, specs, offline=offline, progress=progress, cache=cache)
+        made = recipe
+        text = processes.main_first(
+            lambda: corpora.corpus(
+                big, made, specs, offline=offline, progress=progress, cache=cache
+            )
+        )
     return Prepared(recipe, big, student, selection, text, notes, base.kind == "dense")
 
 
@@ -213,7 +246,8 @@ def fitting(
         training = replace(training, sequence_length=longest)
     counted = None
     if record is None:
-        training, counted, why = budget.choose(built, recipe.scheme, training, device, memory)
+        scheme = built.scheme or recipe.scheme
+        training, counted, why = budget.choose(built, scheme, training, device, memory)
         notes.append(f"Strategy: {why}.")
     else:
         then = Recipe.from_json(record["recipe"]).training
@@ -294,17 +328,20 @@ def train_run(
     record: dict[str, Any],
     *,
     time_limit: float | None,
+    log_with: tuple[str, ...] = (),
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure teacher and start, train to the end, save the student.
 
     Returns the fields of ``distill`` but the student's perplexity: `distill` measures the student,
-    `ternq.ternarize` what became of it in the file.
+    `ternq.ternarize` what became of it in the file. After the last step processes part: what is
+    returned is the main one's to go on with.
     """
     began = time.monotonic()
     recipe, student = prepared.recipe, prepared.student
     if recipe.training.start == "compensated" and prepared.dense:
         _compensate(prepared, out, record, progress)
+    record |= processes.from_main(lambda: _measured(prepared, record, progress))
     trainer = Trainer(
         student=student.model,
         teacher=prepared.teacher.model,
@@ -314,20 +351,24 @@ def train_run(
         folder=out,
         progress=progress,
         time_limit=time_limit,
+        log_with=log_with,
     )
     steps = record.get("steps")
     if steps is None:
         steps = _steps(trainer, progress)
         record |= {"steps": steps}
-    if "untrained" not in record:
-        record["teacher"] = perplexity(prepared, prepared.teacher, progress, "teacher")
-        record["untrained"] = perplexity(prepared, student, progress, "untrained")
-    checkpoint.write_json(out / hf.RUN_FILE, record)
+    processes.from_main(lambda: checkpoint.write_json(out / hf.RUN_FILE, record))
     trainer.steps = steps
     if trainer.restore():
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
-    checkpoint.save_tensors(hf.unique_state(student.model), out / hf.STUDENT_FILE)
+    state = processes.gathered(hf.unique_state(student.model))
+    processes.leave()
+    if not processes.is_main():
+        return {"model": recipe.model}
+    checkpoint.save_tensors(state, out / hf.STUDENT_FILE)
+    if trainer.sharded:  # what only all processes together could call
+        student.model = hf.load(str(out), device=str(trainer.device)).model
     student.model.eval()
     tokens = steps * recipe.training.batch_size * recipe.training.sequence_length
     return {
@@ -347,6 +388,16 @@ def train_run(
         "dense_layers": [vars(d) for d in prepared.selection.dense],
         "notes": prepared.notes + record.get("start", []) + _afterwards(trainer.losses),
         "seconds": time.monotonic() - began,
+    }
+
+
+def _measured(prepared: Prepared, record: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Perplexities of the teacher and of the start, unless an earlier command took them."""
+    if "untrained" in record:
+        return {}
+    return {
+        "teacher": perplexity(prepared, prepared.teacher, progress, "teacher"),
+        "untrained": perplexity(prepared, prepared.student, progress, "untrained"),
     }
 
 
@@ -372,8 +423,9 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     )
     for said in record["start"]:
         progress(Event("calibrate", said))
-    checkpoint.save_tensors(hf.unique_state(model), path)
-    checkpoint.write_json(out / hf.RUN_FILE, record)
+    if processes.is_main():
+        checkpoint.save_tensors(hf.unique_state(model), path)
+        checkpoint.write_json(out / hf.RUN_FILE, record)
 
 
 def _as_made(prepared: Prepared, steps: int) -> Recipe:
@@ -422,7 +474,7 @@ def _steps(trainer: Trainer, progress: Progress) -> int:
     if settings.steps is not None or settings.tokens is not None:
         return budget.planned_steps(settings, rate=0.0)
     progress(Event("plan", "Measuring how fast this machine trains"))
-    rate = budget.probe(trainer)
+    rate = _slowest(budget.probe(trainer))
     steps = budget.planned_steps(settings, rate)
     tokens = steps * settings.batch_size * settings.sequence_length
     progress(
@@ -433,6 +485,11 @@ def _steps(trainer: Trainer, progress: Progress) -> int:
         )
     )
     return steps
+
+
+def _slowest(rate: float) -> float:
+    """Tokens a second of all processes together, which wait for the slowest."""
+    return min(processes.gather(rate)) * processes.count()
 
 
 def _afterwards(losses: list[float]) -> list[str]:

@@ -149,6 +149,7 @@ def _counted(
             steps=1,
             folder=Path(),
             progress=ignore,
+            alone=True,
         )
         bf16 = device != "cpu" or has_bf16(torch.device("cpu"))
         trainer.objective.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)

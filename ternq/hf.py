@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ternq import checkpoint, structure
+from ternq import checkpoint, processes, structure
 from ternq.errors import InputError, ResourceError, VerificationError
 from ternq.formats.gguf_file import Q2_0, Header
 from ternq.linear import TernaryLinear, packed_layers
@@ -33,7 +33,7 @@ from ternq.modeling_ternq import (
     put_packed,
 )
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, display_name
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Scheme, display_name
 
 Kind = Literal["dense", "packed", "run"]
 RUN_FILE = "run.json"  # makes a folder a run
@@ -217,9 +217,13 @@ def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A configuration, and the dense float32 model that it describes, with whatever weights."""
+    """A configuration, and the dense float32 model that it describes, with whatever weights.
+
+    ``scheme`` is that of a model that is ternary already.
+    """
 
     config: Any
+    scheme: Scheme | None = None
 
     def __call__(self) -> Any:
         """Build the model."""
@@ -237,8 +241,9 @@ def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = Fa
     """
     from transformers import AutoConfig
 
-    path = local_path(model)
+    path, scheme = local_path(model), None
     if path is not None and (path / RUN_FILE).is_file():
+        scheme = Recipe.from_json(read_run(path)["recipe"]).scheme
         path = path / BASE_FOLDER
     options: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": trust_remote_code}
     where = model if path is None else str(path)
@@ -250,9 +255,12 @@ def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = Fa
     with _in_words(model, offline):
         config: Any = AutoConfig.from_pretrained(where, **options)
         _refuse_other_models(model, config)
+        if quantized_by(config) == METHOD:
+            known = packed_config(path) if path else None
+            scheme = Scheme(group_size=known.group_size, shift=known.shift) if known else None
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-    return Blueprint(config)
+    return Blueprint(config, scheme)
 
 
 def dtype_of(built: Blueprint) -> torch.dtype:
@@ -367,8 +375,9 @@ def unique_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[int, Any]] = set()
     state = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() == 0 or key not in seen:
+        here = processes.local(tensor)
+        key = (here.data_ptr(), tuple(tensor.shape))
+        if here.numel() == 0 or key not in seen:
             state[name] = tensor.detach()
         seen.add(key)
     return state
@@ -385,6 +394,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     wrong += [n for n in state if n not in expected]
     if wrong:
         raise InputError(f"{where} does not fit its configuration: '{wrong[0]}' is wrong.")
+    state = {name: processes.placed(tensor, expected[name]) for name, tensor in state.items()}
     model.load_state_dict(state, strict=False)
 
 

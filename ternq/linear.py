@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import ternary
+from ternq import processes, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import Scheme, Ste
@@ -93,8 +93,8 @@ class TernaryLinear(nn.Linear):
         return F.linear(input, weight.to(input.dtype), self.bias)
 
     def codes(self) -> Tensor:
-        """The codes in use, int8 ``[out, in]``."""
-        return ternary.quantize(self.weight, self.group_size)
+        """The codes in use, int8 ``[out, in]``; of a weight in shards, this process's rows."""
+        return ternary.quantize(processes.local(self.weight), self.group_size)
 
     def numbers(self) -> ternary.TernaryWeight:
         """Codes, scales and shifts as they are in training, on the CPU."""

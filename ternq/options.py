@@ -175,6 +175,16 @@ TimeLimit = Annotated[
         help="Save and stop then (exit status 75).",
     ),
 ]
+LogWith = Annotated[
+    list[str] | None,
+    option(
+        "--log-with",
+        panel="Advanced training",
+        metavar="NAME,...",
+        hidden=True,
+        help="Metrics also to tensorboard or wandb.",
+    ),
+]
 Plan = Annotated[bool, option("--plan", help="Check everything, say what would be done.")]
 Memory = Annotated[
     int | None,

@@ -50,7 +50,9 @@ def plan(
     recipe, counted, notes = distill.fitting(built, recipe, device, memory)
     assert counted is not None, "it is where no run is gone on with"
     with torch.device("meta"):
-        student, selection = student_of(built(), recipe.scheme, recipe.training, built())
+        student, selection = student_of(
+            built(), built.scheme or recipe.scheme, recipe.training, built()
+        )
     weights = weights_summary(student, stored_dtype(hf.dtype_of(built)))
     disk, free = _disk(weights, counted, recipe), checkpoint.free_disk(out)
     found: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """The folder of a run: opened, found again, compared, removed.
 
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
-``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``self.json`` is text that the teacher wrote,
-``start.safetensors`` is a start that took calibration.
+``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``logs/`` the trackers', ``self.json`` is
+text that the teacher wrote, ``start.safetensors`` is a start that took calibration.
 Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
@@ -20,6 +20,7 @@ from ternq.files import sha256
 from ternq.linear import ternary_layers
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
 from ternq.snapshots import CHECKPOINTS, METRICS
+from ternq.trackers import LOGS
 
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
@@ -95,7 +96,7 @@ def differences(record: dict[str, Any], recipe: Recipe, held_out: Tensor) -> lis
 
 def remove(out: Path, *, keep_own_text: bool = False) -> None:
     """Remove what a run wrote, and nothing else."""
-    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER):
+    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS):
         if folder.is_dir():
             shutil.rmtree(folder)
     names = {hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, START_FILE}

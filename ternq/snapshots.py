@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ternq import checkpoint
+from ternq import checkpoint, processes
 from ternq.hf import load_state, unique_state
 
 CHECKPOINTS = "checkpoints"
@@ -25,15 +25,19 @@ def save(
     run: Path, step: int, student: Any, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint beside the last one, then drop that one."""
+    weights = processes.gathered(unique_state(student))
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+    tensors = processes.gathered(tensors)
+    if not processes.is_main():
+        return
     name = f"step-{step:08d}"
     folder = run / CHECKPOINTS
     staged = folder / (name + ".part")
     for left in folder.glob("*.part"):  # by a run that was killed, or had no room, as it wrote
         shutil.rmtree(left)
     staged.mkdir(parents=True)
-    checkpoint.save_tensors(unique_state(student), staged / "student.safetensors")
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+    checkpoint.save_tensors(weights, staged / "student.safetensors")
     checkpoint.save_tensors(tensors, staged / "optimizer.safetensors")
     checkpoint.write_json(staged / "state.json", {"step": step, **record})
     if (folder / name).exists():
@@ -57,12 +61,16 @@ def restore(run: Path, student: Any, optimizer: torch.optim.Optimizer) -> dict[s
     saved = checkpoint.load_tensors(last / "optimizer.safetensors")
     state = optimizer.state_dict()
     state["state"] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in saved.items():
         index, key = name.split(".", 1)
-        state["state"].setdefault(int(index), {})[key] = tensor
+        state["state"].setdefault(int(index), {})[key] = processes.placed(
+            tensor, parameters[int(index)]
+        )
     optimizer.load_state_dict(state)
     record = checkpoint.read_json(last / "state.json")
-    _drop_later(run / METRICS, record["step"])
+    if processes.is_main():
+        _drop_later(run / METRICS, record["step"])
     return record
 
 

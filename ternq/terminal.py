@@ -109,8 +109,16 @@ class Bar:
             self._last = None
 
 
-def display(*, quiet: bool, plain: bool) -> Quiet | Bar:
+class Silent(Quiet):
+    """Shows nothing: the main process of several speaks."""
+
+    def __call__(self, event: Event) -> None: ...
+
+
+def display(*, quiet: bool, plain: bool, silent: bool = False) -> Quiet | Bar:
     """The display that suits the flags and the terminal."""
+    if silent:
+        return Silent()
     if quiet:
         return Quiet()
     return Lines() if plain or not sys.stderr.isatty() else Bar()

@@ -4,13 +4,14 @@ It is the other verbs in a row: `distill` into a run beside the output (``NAME.r
 stopped command goes on with), `pack`, and the perplexity of what was packed, loaded again.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ternq import checkpoint, distill, hf, runs
+from ternq import checkpoint, distill, hf, processes, runs, trackers
 from ternq.errors import RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
@@ -41,6 +42,7 @@ def ternarize(
     data_dir: str | Path | None = None,
     made: dict[str, Any] | None = None,
     time_limit: float | None = None,
+    log_with: tuple[str, ...] = (),
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -55,6 +57,7 @@ def ternarize(
     Raises:
         RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
     """
+    trackers.check(log_with)
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
@@ -79,7 +82,11 @@ def ternarize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    trained = distill.train_run(prepared, run, record, time_limit=time_limit, progress=progress)
+    trained = distill.train_run(
+        prepared, run, record, time_limit=time_limit, log_with=log_with, progress=progress
+    )
+    if not processes.is_main():
+        return trained
     progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
     def measure(folder: Path) -> dict[str, Any]:
@@ -125,8 +132,9 @@ def keep_reports(run: Path, out: Path) -> None:
     """Put the run's records beside the artefact: its folder holds only what its manifest names."""
     folder = out.with_name(out.name + ".report")
     folder.mkdir(exist_ok=True)
-    for name in (REPORT, METRICS):
-        if (run / name).is_file():
+    shutil.rmtree(folder / trackers.LOGS, ignore_errors=True)  # of an artefact that is replaced
+    for name in (REPORT, METRICS, trackers.LOGS):
+        if (run / name).exists():
             (run / name).replace(folder / name)
 
 

@@ -10,15 +10,16 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ternq import snapshots, stop
+from ternq import processes, snapshots, stop, trackers
 from ternq.errors import InterruptedByUser, StoppedError
+from ternq.linear import decoder_blocks
 from ternq.objective import Objective
 from ternq.optimize import optimizer, set_rate
 from ternq.progress import Event, Progress
@@ -40,29 +41,60 @@ class Trainer:
     folder: Path
     progress: Progress
     time_limit: float | None = None  # seconds
+    log_with: tuple[str, ...] = ()  # names of `ternq.trackers`
+    alone: bool = False  # no other process takes part, whatever started this one
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # first and last
 
     def __post_init__(self) -> None:
-        from accelerate import Accelerator
-
         self.device = device = next(self.student.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where Accelerate then works
-        # Accelerate's own mixed precision would replace the student's forward for good; a context
-        # around the loss leaves the student as it is when it is measured.
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
         without_dropout(self.student)
         if self.settings.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        self.watch = Watch(self.student)
-        self.optimizer = optimizer(self.student, self.settings)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
         self.objective = Objective(self.student, self.teacher, self.settings, autocast)
-        here = [False, False]  # both are on their device
-        self.wrapped, self.optimizer = self.accelerator.prepare(
-            self.objective, self.optimizer, device_placement=here
+        # Shards come first: all that follows refers to the parameters that there are then.
+        self.sharded = not self.alone and processes.shard(
+            self.objective, decoder_blocks(self.student)[1]
+        )
+        self.watch = Watch(self.student)
+        self.optimizer = optimizer(self.student, self.settings)
+        self.wrapped: Any = self.objective
+        if not self.alone:
+            processes.refuse_uneven(self.settings.batch_size)
+            processes.join(device.type)
+            self.accelerator = self._accelerator()
+            if not self.sharded:
+                self.wrapped, self.optimizer = self.accelerator.prepare(
+                    self.objective, self.optimizer
+                )
+
+    def _accelerator(self) -> Any:
+        """What is computed is the recipe's to say: settings of `accelerate config` are not asked.
+
+        Its mixed precision would replace a forward for good; a context around the loss leaves the
+        student as it is when it is measured.
+        """
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+        features_only = self.settings.kl == self.settings.ce == 0  # final norm and head: no part
+        return Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    find_unused_parameters=features_only,
+                    gradient_as_bucket_view=True,
+                )
+            ],
+            log_with=list(self.log_with) or None,
+            project_dir=self.folder / trackers.LOGS,
         )
 
     # -- the loop ------------------------------------------------------------------------------
@@ -75,8 +107,21 @@ class Trainer:
             DivergenceError: the loss or a gradient is not finite.
         """
         if self.step < self.steps:
-            for _ in range(self.step * self.settings.batch_size):
-                next(self.blocks)
+            self._find_place()
+        trackers.begin(self.accelerator, self.folder, asdict(self.settings))
+        try:
+            self._train()
+        finally:
+            trackers.end(self.accelerator)
+
+    def _find_place(self) -> None:
+        """Skip the blocks that were trained on: the text is a stream, read from its beginning."""
+        behind = self.step * self.settings.batch_size
+        for done in range(behind):
+            next(self.blocks)
+            self.progress(Event("finding the place in the text", done=done + 1, total=behind))
+
+    def _train(self) -> None:
         began = saved = time.monotonic()
         before = self.seconds
         while self.step < self.steps:
@@ -87,6 +132,7 @@ class Trainer:
             self._record(values)
             reason = self._stop_reason(now - began)
             due = now - saved > 60 * self.settings.checkpoint_minutes
+            reason, due = processes.agreed(reason, due)
             if reason or due or self.step == self.steps:
                 self.save()
                 saved = now
@@ -99,7 +145,8 @@ class Trainer:
         batch = torch.stack([next(self.blocks) for _ in range(self.settings.batch_size)])
         diagnose = self.watch.due(self.step, self.steps)
         before = self.watch.codes() if diagnose else {}
-        values = self.accumulate(batch)
+        values = self.accumulate(processes.share(batch))
+        values = values if self.alone else processes.mean(values)
         norm = self.clip()
         self.watch.check_finite(self.step, values["loss"], norm)
         lr = set_rate(self.optimizer, self.step, self.steps, self.settings)
@@ -113,8 +160,10 @@ class Trainer:
         parts = torch.split(batch, self.settings.micro_batch_size or self.settings.batch_size)
         sums: dict[str, float] = {}
         for part in parts:
+            # of DDP: processes add their gradients up once a step
+            self.wrapped.require_backward_grad_sync = part is parts[-1]
             loss, terms = self.wrapped(part.to(self.device))
-            self.accelerator.backward(loss * (len(part) / len(batch)))
+            (loss * (len(part) / len(batch))).backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(part) / len(batch)
         return sums
@@ -122,7 +171,8 @@ class Trainer:
     def clip(self) -> float:
         """Clip the gradient; returns the norm that it had."""
         largest = self.settings.clip or math.inf
-        return float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), largest))
+        norm = nn.utils.clip_grad_norm_(self.wrapped.parameters(), largest)
+        return float(processes.whole(norm))
 
     # -- what is said of it ----------------------------------------------------------------------
 
@@ -130,9 +180,12 @@ class Trainer:
         if len(self.losses) < 2:
             self.losses.append(values["loss"])
         self.losses[-1] = values["loss"]
+        if not processes.is_main():
+            return
         line = {"step": self.step, "seconds": round(self.seconds, 3)} | values
         with (self.folder / snapshots.METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.accelerator.log(values, step=self.step)
         shown = {"loss": values["loss"], "lr": values["lr"]}
         shown |= {k: values[k] for k in ("flip_share",) if k in values}
         self.progress(Event("train", done=self.step, total=self.steps, values=shown))

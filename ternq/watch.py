@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from ternq import processes
 from ternq.errors import DivergenceError
 from ternq.linear import TernaryLinear, ternary_layers
 
@@ -66,7 +67,7 @@ class Watch:
         return step % every == 0 or step == steps - 1
 
     def codes(self) -> dict[str, Tensor]:
-        """The codes in use, by layer."""
+        """The codes in use, by layer; of a layer in shards, this process's rows."""
         return {n: m.codes() for n, m in ternary_layers(self.student).items()}
 
     def diagnostics(self, before: dict[str, Tensor]) -> dict[str, float]:
@@ -81,10 +82,13 @@ class Watch:
             for i, (now, start) in enumerate(zip(_scales(layer), self.initial[name], strict=True)):
                 scale = self.initial[name][0].abs().sum()
                 drift[i] += torch.stack([(now - start).abs().sum(), scale]).cpu().double()
-        scale_drift, shift_drift = (float(a / b) if b else 0.0 for a, b in drift)
+        some = next(iter(ternary_layers(self.student).values())).weight
+        numbers = [count, flips, zeros, *torch.cat(drift).tolist()]
+        every, flipped, zero, *drifts = processes.over_shards(numbers, some)
+        scale_drift, shift_drift = (a / b if b else 0.0 for a, b in (drifts[:2], drifts[2:]))
         return {
-            "flip_share": flips / count,
-            "zero_share": zeros / count,
+            "flip_share": flipped / every,
+            "zero_share": zero / every,
             "scale_drift": scale_drift,
             "shift_drift": shift_drift,
         }
@@ -138,8 +142,8 @@ def _share(codes: Tensor, value: int) -> float:
 
 def _scales(layer: TernaryLinear) -> list[Tensor]:
     both = [layer.weight_scale, layer.weight_shift]
-    return [p.detach().clone() for p in both if p is not None]
+    return [processes.local(p.detach()).clone() for p in both if p is not None]
 
 
 def _finite(tensor: Tensor | None) -> bool:
-    return tensor is None or bool(torch.isfinite(tensor).all())
+    return tensor is None or bool(torch.isfinite(processes.local(tensor)).all())
