@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, runs
+from ternq import budget, checkpoint, hf, optimize, runs
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
+from ternq.frozen import fold, plain_state
 from ternq.linear import (
     Selection,
     TernaryLinear,
@@ -152,6 +153,7 @@ def prepare_run(
     ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
     memory and network say now.
     """
+    optimize.refuse(recipe.training, device)
     if device == "cpu":
         torch.manual_seed(recipe.seed)
     options: dict[str, Any] = {
@@ -297,6 +299,7 @@ def train_run(
     recipe, student = prepared.recipe, prepared.student
     if recipe.training.start == "compensated" and prepared.dense:
         _compensate(prepared, out, record, progress)
+    prepared.selection.chosen.clear()  # dense layers, whose weights `--train` may let go
     trainer = Trainer(
         student=student.model,
         teacher=prepared.teacher.model,
@@ -306,6 +309,7 @@ def train_run(
         folder=out,
         progress=progress,
         time_limit=time_limit,
+        seed=recipe.seed,
     )
     steps = record.get("steps")
     if steps is None:
@@ -319,7 +323,9 @@ def train_run(
     if trainer.restore():
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
-    checkpoint.save_tensors(hf.unique_state(student.model), out / hf.STUDENT_FILE)
+    fold(student.model)
+    state = plain_state(student.model, hf.unique_state(student.model))
+    checkpoint.save_tensors(state, out / hf.STUDENT_FILE)
     student.model.eval()
     tokens = steps * recipe.training.batch_size * recipe.training.sequence_length
     return {

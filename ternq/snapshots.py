@@ -10,6 +10,7 @@ import torch
 
 from ternq import checkpoint
 from ternq.hf import load_state, unique_state
+from ternq.optimize import load_state_tensors, state_tensors
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -32,9 +33,7 @@ def save(
         shutil.rmtree(left)
     staged.mkdir(parents=True)
     checkpoint.save_tensors(unique_state(student), staged / "student.safetensors")
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
-    checkpoint.save_tensors(tensors, staged / "optimizer.safetensors")
+    checkpoint.save_tensors(state_tensors(optimizer), staged / "optimizer.safetensors")
     checkpoint.write_json(staged / "state.json", {"step": step, **record})
     if (folder / name).exists():
         shutil.rmtree(folder / name)
@@ -54,13 +53,7 @@ def restore(run: Path, student: Any, optimizer: torch.optim.Optimizer) -> dict[s
         return None
     last = found[-1]
     load_state(student, checkpoint.load_tensors(last / "student.safetensors"), str(last))
-    saved = checkpoint.load_tensors(last / "optimizer.safetensors")
-    state = optimizer.state_dict()
-    state["state"] = {}
-    for name, tensor in saved.items():
-        index, key = name.split(".", 1)
-        state["state"].setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(state)
+    load_state_tensors(optimizer, checkpoint.load_tensors(last / "optimizer.safetensors"))
     record = checkpoint.read_json(last / "state.json")
     _drop_later(run / METRICS, record["step"])
     return record

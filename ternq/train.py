@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ternq import snapshots, stop
 from ternq.errors import InterruptedByUser, StoppedError
+from ternq.frozen import arrange
 from ternq.objective import Objective
-from ternq.optimize import optimizer, set_rate
+from ternq.optimize import optimizer, set_rate, take_step
 from ternq.progress import Event, Progress
 from ternq.recipe import Training
 from ternq.watch import Watch
@@ -40,6 +41,7 @@ class Trainer:
     folder: Path
     progress: Progress
     time_limit: float | None = None  # seconds
+    seed: int = 0
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # first and last
@@ -53,6 +55,7 @@ class Trainer:
         # Accelerate's own mixed precision would replace the student's forward for good; a context
         # around the loss leaves the student as it is when it is measured.
         self.accelerator = Accelerator(cpu=device.type == "cpu")
+        arrange(self.student, self.settings, self.seed)
         without_dropout(self.student)
         if self.settings.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -60,7 +63,9 @@ class Trainer:
         self.optimizer = optimizer(self.student, self.settings)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
         self.objective = Objective(self.student, self.teacher, self.settings, autocast)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(
+            self.objective, self.optimizer, device_placement=[True, False]
+        )
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -100,7 +105,7 @@ class Trainer:
         norm = float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self._clip()))
         self.watch.check_finite(self.step, values["loss"], norm)
         lr = set_rate(self.optimizer, self.step, self.steps, self.settings)
-        self.optimizer.step()
+        take_step(self.optimizer, self.settings, seed=self.seed, step=self.step, norm=norm)
         self.optimizer.zero_grad()
         values |= {"gradient_norm": norm, "lr": lr}
         return values | (self.watch.diagnostics(before) if diagnose else {})
