@@ -6,9 +6,7 @@ are torchao's, an optional package that enters here only.
 
 import contextlib
 import importlib.util
-import logging
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,8 +71,7 @@ def _adamw(groups: list[dict[str, Any]], settings: Training) -> torch.optim.Opti
         # torch's loop over all tensors at once would hold a temporary as large as all of them
         fused = groups[0]["params"][0].is_cuda or None
         return torch.optim.AdamW(groups, betas=BETAS, fused=fused)
-    with _quiet():
-        from torchao.optim import AdamW8bit, CPUOffloadOptimizer, _AdamW
+    from torchao.optim import AdamW8bit, CPUOffloadOptimizer, _AdamW
 
     options: dict[str, Any] = {"betas": BETAS}
     made: Any = torch.optim.AdamW
@@ -89,17 +86,6 @@ def _adamw(groups: list[dict[str, Any]], settings: Training) -> torch.optim.Opti
 
 def _needs_torchao(settings: Training) -> bool:
     return settings.offload or settings.optimizer != "adamw" or settings.latent != "float32"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torchao's lines about kernels that it does not find and nobody here uses."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _kind(module: nn.Module, name: str) -> str | None:
@@ -213,8 +199,7 @@ def _parts(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _eight_bits(codes: Tensor, scale: Tensor, key: str) -> Tensor:
-    with _quiet():
-        from torchao.optim.subclass_8bit import OptimState8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
 
     block = codes.numel() // scale.numel()
     state = OptimState8bit.zeros(codes.shape, key == "exp_avg", block)
