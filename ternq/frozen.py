@@ -6,7 +6,8 @@ pass. `arrange` puts them in; `fold` turns adapters into codes when training has
 
 LR-QAT (Bondarenko et al. 2024, arXiv 2406.06385) as in its published code (`hijacker.py`,
 `qat_utils.py` of github.com/Qualcomm-AI-research/lr-qat); the paper was not seen. What is ours is
-the threshold rule in the place of its rounding, and the group's own step of the 8-bit base.
+the threshold rule in the place of its rounding, the group's own step of the 8-bit base, and no
+factor ``alpha / rank`` before the adapter.
 """
 
 import math
@@ -20,7 +21,6 @@ from ternq import ternary
 from ternq.linear import TernaryLinear, ternary_layers
 from ternq.recipe import Training
 
-ALPHA = 1.0  # of the adapter's factor ALPHA / rank, as in the published code
 _NO_SCALE = 1e-30  # below it, |scale| * code would not keep the codes
 
 
@@ -81,7 +81,7 @@ class FrozenCodes(Frozen):
 
 
 class LowRank(Frozen):
-    """Codes of a frozen base in 8 bits plus an adapter: ``base + unit * (alpha / rank) * B A``.
+    """Codes of a frozen base in 8 bits plus an adapter: ``base + unit * (B A)``.
 
     ``adapter_a`` ``[rank, in]`` and ``adapter_b`` ``[out, rank]`` learn, float32, beside scale and
     shift. ``unit`` ``[out, groups]`` is the scale at the start, so that the adapter counts in codes
@@ -108,7 +108,7 @@ class LowRank(Frozen):
     def latent(self) -> Tensor:
         """The weight that codes are taken from, float32 ``[out, in]``."""
         with torch.autocast(self.weight.device.type, enabled=False):  # as it will be packed
-            change = self.adapter_b @ self.adapter_a * (ALPHA / len(self.adapter_a))
+            change = self.adapter_b @ self.adapter_a
             base = ternary.dequantize(self.weight, self.step, None, self.group_size)
             return base + ternary.dequantize(change, self.unit, None, self.group_size)
 
