@@ -9,6 +9,7 @@ of one name in one package would be one or the other, by what was imported first
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -48,6 +49,9 @@ class _Registration(MetaPathFinder, Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # it imports torchao wherever that is installed, which warns of kernels nobody here needs
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         self._loader.exec_module(module)
         importlib.import_module("ternq.modeling_ternq")
 

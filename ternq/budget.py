@@ -14,6 +14,7 @@ import torch
 
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
+from ternq.optimize import take_step
 from ternq.perplexity import free_memory
 from ternq.recipe import Scheme, Training
 
@@ -126,8 +127,7 @@ def probe(trainer: Any) -> float:
     while len(seconds) < 1 + PROBE_STEPS and sum(seconds) < PROBE_SECONDS:
         began = time.monotonic()
         trainer.accumulate(batch)
-        trainer.clip()
-        optimizer.step()
+        take_step(optimizer, settings, seed=0, step=0, norm=trainer.clip())
         optimizer.zero_grad()
         seconds.append(time.monotonic() - began)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, processes, runs, trackers
+from ternq import budget, checkpoint, hf, optimize, processes, runs, trackers
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
+from ternq.frozen import fold, plain_state
 from ternq.linear import (
     Selection,
     TernaryLinear,
@@ -179,6 +180,7 @@ def prepare_run(
     ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
     memory and network say now.
     """
+    optimize.refuse(recipe.training, device)
     if device == "cpu":
         torch.manual_seed(recipe.seed)
     options: dict[str, Any] = {
@@ -342,6 +344,7 @@ def train_run(
     if recipe.training.start == "compensated" and prepared.dense:
         _compensate(prepared, out, record, progress)
     record |= processes.from_main(lambda: _measured(prepared, record, progress))
+    prepared.selection.chosen.clear()  # dense layers, whose weights `--train` may let go
     trainer = Trainer(
         student=student.model,
         teacher=prepared.teacher.model,
@@ -352,6 +355,7 @@ def train_run(
         progress=progress,
         time_limit=time_limit,
         log_with=log_with,
+        seed=recipe.seed,
     )
     steps = record.get("steps")
     if steps is None:
@@ -362,7 +366,8 @@ def train_run(
     if trainer.restore():
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
-    state = processes.gathered(hf.unique_state(student.model))
+    fold(student.model)
+    state = plain_state(student.model, processes.gathered(hf.unique_state(student.model)))
     processes.leave()
     if not processes.is_main():
         return {"model": recipe.model}

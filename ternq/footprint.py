@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ternq.linear import decoder_blocks, ternary_layers
+from ternq.optimize import take_step
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
@@ -156,7 +157,7 @@ def _counted(
         weights = alive.now
         for parameter in filter(lambda p: p.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()  # makes its states
+        take_step(trainer.optimizer, settings, seed=0, step=0, norm=0.0)  # makes its states
         trainer.optimizer.zero_grad()
         held = alive.peak = alive.now
         trainer.one_step()

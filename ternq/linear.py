@@ -88,7 +88,7 @@ class TernaryLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = ternary.fake_quantize(
-            self.weight, self.weight_scale, self.weight_shift, self.group_size, self.ste
+            self.weight.float(), self.weight_scale, self.weight_shift, self.group_size, self.ste
         )
         return F.linear(input, weight.to(input.dtype), self.bias)
 

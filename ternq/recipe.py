@@ -21,6 +21,9 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
 Ste = Literal["identity", "ttq"]
 Start = Literal["closed-form", "compensated"]
+Train = Literal["all", "scales", "low-rank"]
+Optimizer = Literal["adamw", "adamw-8bit"]
+Latent = Literal["float32", "bfloat16"]
 Part = TypeVar("Part", "Scheme", "Training")
 
 
@@ -70,11 +73,16 @@ class Training:
     calibration: int = option(32, "Blocks of text for the compensated start.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
+    train: Train = option("all", "What learns: all, scales and shifts only, or an adapter too.")
+    rank: int = option(32, "Rank of the adapter of --train low-rank.")
+    optimizer: Optimizer = option("adamw", "AdamW, or AdamW with states in 8 bits (torchao).")
+    latent: Latent = option("float32", "Latent weights: float32, or bfloat16 (torchao).")
+    offload: bool = option(False, "Optimizer states in the host's memory (CUDA, torchao).")
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.steps is not None:
             raise RecipeError("--tokens and --steps were both given.", "Name one of them.")
-        for name in ("batch_size", "micro_batch_size", "sequence_length", "calibration"):
+        for name in ("batch_size", "micro_batch_size", "sequence_length", "calibration", "rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")
@@ -93,6 +101,12 @@ class Training:
             raise RecipeError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide "
                 f"--batch-size {self.batch_size}."
+            )
+        if self.train != "all" and self.latent != "float32":
+            raise RecipeError(
+                f"--latent {self.latent} is for weights that learn; --train {self.train} "
+                "freezes them, in one byte each.",
+                "Leave --latent out.",
             )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ternq import checkpoint, processes
 from ternq.hf import load_state, unique_state
+from ternq.optimize import load_state_tensors, state_tensors
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -26,9 +27,7 @@ def save(
 ) -> None:
     """Write a checkpoint beside the last one, then drop that one."""
     weights = processes.gathered(unique_state(student))
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
-    tensors = processes.gathered(tensors)
+    tensors = processes.gathered(state_tensors(optimizer))
     if not processes.is_main():
         return
     name = f"step-{step:08d}"
@@ -58,16 +57,7 @@ def restore(run: Path, student: Any, optimizer: torch.optim.Optimizer) -> dict[s
         return None
     last = found[-1]
     load_state(student, checkpoint.load_tensors(last / "student.safetensors"), str(last))
-    saved = checkpoint.load_tensors(last / "optimizer.safetensors")
-    state = optimizer.state_dict()
-    state["state"] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in saved.items():
-        index, key = name.split(".", 1)
-        state["state"].setdefault(int(index), {})[key] = processes.placed(
-            tensor, parameters[int(index)]
-        )
-    optimizer.load_state_dict(state)
+    load_state_tensors(optimizer, checkpoint.load_tensors(last / "optimizer.safetensors"))
     record = checkpoint.read_json(last / "state.json")
     if processes.is_main():
         _drop_later(run / METRICS, record["step"])

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ternq import processes, snapshots, stop, trackers
 from ternq.errors import InterruptedByUser, StoppedError
+from ternq.frozen import arrange
 from ternq.linear import decoder_blocks
 from ternq.objective import Objective
-from ternq.optimize import optimizer, set_rate
+from ternq.optimize import optimizer, set_rate, take_step
 from ternq.progress import Event, Progress
 from ternq.recipe import Training
 from ternq.watch import Watch
@@ -43,6 +44,7 @@ class Trainer:
     time_limit: float | None = None  # seconds
     log_with: tuple[str, ...] = ()  # names of `ternq.trackers`
     alone: bool = False  # no other process takes part, whatever started this one
+    seed: int = 0
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # first and last
@@ -51,6 +53,7 @@ class Trainer:
         self.device = device = next(self.student.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where Accelerate then works
+        arrange(self.student, self.settings, self.seed)
         without_dropout(self.student)
         if self.settings.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -69,7 +72,7 @@ class Trainer:
             self.accelerator = self._accelerator()
             if not self.sharded:
                 self.wrapped, self.optimizer = self.accelerator.prepare(
-                    self.objective, self.optimizer
+                    self.objective, self.optimizer, device_placement=[True, False]
                 )
 
     def _accelerator(self) -> Any:
@@ -150,7 +153,7 @@ class Trainer:
         norm = self.clip()
         self.watch.check_finite(self.step, values["loss"], norm)
         lr = set_rate(self.optimizer, self.step, self.steps, self.settings)
-        self.optimizer.step()
+        take_step(self.optimizer, self.settings, seed=self.seed, step=self.step, norm=norm)
         self.optimizer.zero_grad()
         values |= {"gradient_norm": norm, "lr": lr}
         return values | (self.watch.diagnostics(before) if diagnose else {})
