@@ -5,7 +5,6 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 """
 
 import copy
-import shutil
 import time
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, runs
+from ternq import budget, checkpoint, hf, runs, snapshots
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
@@ -32,7 +31,6 @@ from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.runs import REPORT
-from ternq.snapshots import checkpoints
 from ternq.train import Trainer, has_bf16
 from ternq.weights import stored_dtype, weights_summary
 
@@ -72,28 +70,29 @@ def distill(
         RecipeError: ``out`` holds something else, or a run of another recipe.
         StoppedError, InterruptedByUser, DivergenceError: see `ternq.train.Trainer.run`.
     """
-    prepared, record = begin(
-        model,
-        out,
-        recipe,
-        teacher=teacher,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    if (out / REPORT).is_file():
-        progress(Event("done", f"{out} is finished already; nothing to do"))
-        return checkpoint.read_json(out / REPORT)
-    report = train_run(prepared, out, record, time_limit=time_limit, progress=progress)
-    report["student"] = perplexity(prepared, prepared.student, progress, "student")
-    checkpoint.write_json(out / REPORT, report)
-    for old in checkpoints(out):  # only now: a run that stops before it is done goes on from them
-        shutil.rmtree(old)
-    (out / runs.START_FILE).unlink(missing_ok=True)
-    return report
+    with runs.locked(out, resume, overwrite, [model, teacher]):
+        prepared, record = begin(
+            model,
+            out,
+            recipe,
+            teacher=teacher,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        if (out / REPORT).is_file():
+            snapshots.drop_all(out)
+            progress(Event("done", f"{out} is finished already; nothing to do"))
+            return checkpoint.read_json(out / REPORT)
+        report = train_run(prepared, out, record, time_limit=time_limit, progress=progress)
+        report["student"] = perplexity(prepared, prepared.student, progress, "student")
+        checkpoint.write_json(out / REPORT, report)
+        snapshots.drop_all(out)  # only now: a run that stops before it is done goes on from them
+        (out / runs.START_FILE).unlink(missing_ok=True)
+        return report
 
 
 def begin(
@@ -108,13 +107,20 @@ def begin(
 ) -> tuple[Prepared, dict[str, Any]]:
     """Check and load everything; open the run folder ``out``, or find it to be of this recipe.
 
-    ``options`` are those of `prepare_run`. Returns what the loop needs and the run's record.
+    The folder is held by `ternq.runs.locked`. ``options`` are those of `prepare_run`. Returns what
+    the loop needs and the run's record.
     """
-    runs.refuse_input(out, [model, options.get("teacher")])
     record = runs.existing(out, resume, overwrite)
+    other_format = record is not None and record[runs.FORMAT] != runs.FORMAT_VERSION
+    if other_format or runs.half_removed(out):  # the first only where it is to be overwritten
+        runs.remove(out)
+        record = None
     prepared = prepare_run(model, recipe, cache=out, record=record, progress=progress, **options)
+    text, device = prepared.corpus, next(prepared.student.model.parameters()).device
+    specs = list(text.specs)
+    identity = runs.identity(prepared.recipe, prepared.teacher, text.held_out, specs, device)
     if record is not None:
-        found = runs.differences(record, prepared.recipe, prepared.corpus.held_out)
+        found = runs.differences(record, prepared.recipe, identity)
         finished = (out / REPORT).is_file()
         if overwrite and (found or finished or resume is False):
             runs.remove(out, keep_own_text=True)
@@ -126,11 +132,14 @@ def begin(
             )
         else:
             progress(Event("plan", f"Going on with the run in {out}"))
+            if changed := runs.changes(record, identity):
+                said = f"Not the same to the bit as one uninterrupted run: {'; '.join(changed)}."
+                prepared.notes.append(said)
+                progress(Event("plan", said, level="warning"))
     if record is None:
-        student, text = prepared.student, prepared.corpus
+        student = prepared.student
         licence = hf.licence(model, student.path, bool(options.get("offline")))
-        specs = list(text.specs)
-        runs.begin(out, prepared.recipe, student, text.held_out, specs, licence)
+        runs.begin(out, prepared.recipe, student, identity, specs, licence)
     return prepared, hf.read_run(out)
 
 

@@ -70,11 +70,13 @@ class Training:
     calibration: int = option(32, "Blocks of text for the compensated start.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
+    keep_checkpoints: int = option(2, "Checkpoints that are kept.")
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.steps is not None:
             raise RecipeError("--tokens and --steps were both given.", "Name one of them.")
-        for name in ("batch_size", "micro_batch_size", "sequence_length", "calibration"):
+        counts = ("batch_size", "micro_batch_size", "sequence_length", "calibration")
+        for name in (*counts, "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")
@@ -138,8 +140,13 @@ class Recipe:
         ]
 
 
-# Where the checkpoint interval is set does not change what is computed.
-_NOT_COMPARED = {"training.checkpoint_minutes", "model", "version"}
+# When checkpoints are written, and how many are kept, does not change what is computed.
+_NOT_COMPARED = {
+    "training.checkpoint_minutes",
+    "training.keep_checkpoints",
+    "model",
+    "version",
+}
 
 
 def default_recipe(model: str) -> Recipe:

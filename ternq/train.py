@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ternq import snapshots, stop
-from ternq.errors import InterruptedByUser, StoppedError
+from ternq.errors import InterruptedByUser, StoppedError, TernqError
+from ternq.files import writing
 from ternq.objective import Objective
 from ternq.optimize import optimizer, set_rate
 from ternq.progress import Event, Progress
@@ -57,6 +58,7 @@ class Trainer:
         if self.settings.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.watch = Watch(self.student)
+        self.writer = snapshots.Writer(self.folder, self.settings.keep_checkpoints, self.progress)
         self.optimizer = optimizer(self.student, self.settings)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
         self.objective = Objective(self.student, self.teacher, self.settings, autocast)
@@ -70,7 +72,13 @@ class Trainer:
         Raises:
             StoppedError: SIGTERM or the time limit; InterruptedByUser: Ctrl-C; each after saving.
             DivergenceError: the loss or a gradient is not finite.
+            InputError: the text failed; after saving. ResourceError: no checkpoint can be written.
         """
+        with self.writer:
+            self._run()
+        stop.not_polled()
+
+    def _run(self) -> None:
         if self.step < self.steps:
             for _ in range(self.step * self.settings.batch_size):
                 next(self.blocks)
@@ -83,17 +91,17 @@ class Trainer:
             self.seconds = before + now - began
             self._record(values)
             reason = self._stop_reason(now - began)
+            last = bool(reason) or self.step == self.steps
             due = now - saved > 60 * self.settings.checkpoint_minutes
-            if reason or due or self.step == self.steps:
-                self.save()
+            if not self.writer.busy() and due or last:
+                self.save(aside=not last)
                 saved = now
             if reason and (self.step < self.steps or reason != TIME_LIMIT):
                 raise self._stopped(reason)
-        stop.not_polled()
 
     def one_step(self) -> dict[str, float]:
         """One optimizer step on ``batch_size`` blocks: the loss and its terms."""
-        batch = torch.stack([next(self.blocks) for _ in range(self.settings.batch_size)])
+        batch = self.draw()
         diagnose = self.watch.due(self.step, self.steps)
         before = self.watch.codes() if diagnose else {}
         values = self.accumulate(batch)
@@ -104,6 +112,16 @@ class Trainer:
         self.optimizer.zero_grad()
         values |= {"gradient_norm": norm, "lr": lr}
         return values | (self.watch.diagnostics(before) if diagnose else {})
+
+    def draw(self) -> Tensor:
+        """The next batch ``[blocks, tokens]``; if the text fails, a checkpoint comes first."""
+        try:
+            return torch.stack([next(self.blocks) for _ in range(self.settings.batch_size)])
+        except TernqError as error:
+            self.save()
+            saved = "A checkpoint is saved: the same command goes on from there."
+            error.hint = f"{error.hint} {saved}" if error.hint else saved
+            raise
 
     def accumulate(self, batch: Tensor) -> dict[str, float]:
         """Gradients of the mean loss over a batch ``[blocks, tokens]``, in micro batches."""
@@ -126,7 +144,8 @@ class Trainer:
             self.losses.append(values["loss"])
         self.losses[-1] = values["loss"]
         line = {"step": self.step, "seconds": round(self.seconds, 3)} | values
-        with (self.folder / snapshots.METRICS).open("a", encoding="utf-8") as file:
+        path = self.folder / snapshots.METRICS
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         shown = {"loss": values["loss"], "lr": values["lr"]}
         shown |= {k: values[k] for k in ("flip_share",) if k in values}
@@ -144,14 +163,14 @@ class Trainer:
         hint = "The same command goes on from there."
         return (InterruptedByUser if reason == "SIGINT" else StoppedError)(said, hint)
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
+    def save(self, *, aside: bool = False) -> None:
+        """Write a checkpoint of this step: before returning, or ``aside``."""
         record = {"seconds": self.seconds, "losses": self.losses}
-        snapshots.save(self.folder, self.step, self.student, self.optimizer, record)
+        self.writer.save(self.step, self.student, self.optimizer, record, aside=aside)
 
     def restore(self) -> bool:
         """Go on from the newest checkpoint, if there is one."""
-        record = snapshots.restore(self.folder, self.student, self.optimizer)
+        record = snapshots.restore(self.folder, self.student, self.optimizer, self.progress)
         if record is None:
             return False
         self.step, self.seconds, self.losses = (record[k] for k in ("step", "seconds", "losses"))
