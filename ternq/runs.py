@@ -57,6 +57,9 @@ def locked(
     existing(out, resume, overwrite)
     handle = _lock(out / LOCK)
     try:
+        for path in list(out.iterdir()) if handle is not None else []:
+            if _leftover(path) and path.name != _REMOVED:
+                path.unlink()
         yield
     finally:
         if handle is not None:

@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Any
 import checkpoints
 import torch
 
-from ternq import checkpoint, cli, corpus, hf, stop
+from ternq import checkpoint, cli, corpus, hf
 
 STEPS = 5
 CHANGES = ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync")
@@ -115,7 +116,7 @@ class Runs:
     def once(self, way: str, rng: random.Random) -> int:
         """One command, disturbed at a moment drawn at random; its exit status."""
         if way in ("point", "limit"):
-            n, after = rng.randrange(60 * STEPS), rng.random() < 0.5
+            n, after = rng.randrange(25 * STEPS), rng.random() < 0.5
             size = int(10 ** rng.uniform(1, 6))
             before = {"point": lambda: at_change(n, kill, after), "limit": lambda: limit(size)}[way]
             status = self.begin(before)()
@@ -147,15 +148,20 @@ class Child:
         self.pid = os.fork()
         if self.pid:
             return
-        status = 99
-        with contextlib.suppress(BaseException):  # one that is no exit status says enough
+        status: Any = 99  # of an end that nobody foresaw
+        try:
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(handle, stream)
             before()
-            status = cli.run(command)
-            stop.ignore()
-            sys.stderr.flush()
+            sys.argv = ["ternq", *command]
+            cli.main()
+        except SystemExit as end:
+            status = end.code
+        except KeyboardInterrupt:  # before or after the command's own handler, as Python has it
+            status = 130
+        except BaseException:
+            traceback.print_exc()
         os._exit(status)
 
     def __call__(self, seconds: float | None = None, number: int = signal.SIGKILL) -> int:
@@ -186,6 +192,8 @@ def full() -> None:
 
 def limit(size: int) -> None:
     """No file of this process may grow larger; a write that would says so."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
