@@ -76,11 +76,11 @@ def _lock(path: Path) -> int | None:
         return None
     import fcntl
 
-    while True:
+    for _ in range(100):  # each time the last holder removed file or folder as it ended
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process just removed the folder
+        except FileNotFoundError:
             continue
         except OSError:  # the first thing that is written says what is wrong with the place
             return None
@@ -93,13 +93,19 @@ def _lock(path: Path) -> int | None:
             os.close(handle)
             return None
         if _names(path, handle):
-            since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            with contextlib.suppress(OSError):
-                os.truncate(handle, 0)
-                os.write(handle, json.dumps(holder).encode())
+            _sign(handle)
             return handle
-        os.close(handle)  # its holder removed it as it ended
+        os.close(handle)
+    return None
+
+
+def _sign(handle: int) -> None:
+    """Write who holds a lock, for others to say."""
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    with contextlib.suppress(OSError):
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps(holder).encode())
 
 
 def _names(path: Path, handle: int) -> bool:

@@ -183,16 +183,16 @@ def drop_all(run: Path) -> None:
 
 def _newest(run: Path, progress: Progress) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint that is whole, and its record; damaged ones are said."""
-    found = checkpoints(run)
-    for path in reversed(found):
+    said = ""
+    for path in reversed(checkpoints(run)):
         try:
             return path, _verified(path)
         except (InputError, VerificationError) as error:
-            said = f"The checkpoint {path.name} is damaged ({error.message.rstrip('.')})"
+            said = f"{path.name} is damaged ({error.message.rstrip('.')})"
             progress(Event("train", said, level="warning"))
-    if found:
+    if said:
         raise InputError(
-            f"Every checkpoint in {run / CHECKPOINTS} is damaged.",
+            f"No checkpoint in {run / CHECKPOINTS} is whole: {said}.",
             "--overwrite begins the run anew.",
         )
     return None, {}
