@@ -4,7 +4,6 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 ``student.safetensors`` and ``report.json``.
 """
 
-import shutil
 import time
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, optimize, processes, runs, trackers
+from ternq import budget, checkpoint, hf, optimize, processes, runs, snapshots, trackers
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
@@ -31,7 +30,6 @@ from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme
 from ternq.runs import REPORT
-from ternq.snapshots import checkpoints
 from ternq.student import student_of
 from ternq.train import Trainer, has_bf16
 from ternq.weights import stored_dtype, weights_summary
@@ -75,32 +73,33 @@ def distill(
         StoppedError, InterruptedByUser, DivergenceError: see `ternq.train.Trainer.run`.
     """
     trackers.check(log_with)
-    prepared, record = begin(
-        model,
-        out,
-        recipe,
-        teacher=teacher,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    if (out / REPORT).is_file():
-        progress(Event("done", f"{out} is finished already; nothing to do"))
-        return checkpoint.read_json(out / REPORT)
-    report = train_run(
-        prepared, out, record, time_limit=time_limit, log_with=log_with, progress=progress
-    )
-    if not processes.is_main():
+    with runs.locked(out, resume, overwrite, [model, teacher]):
+        prepared, record = begin(
+            model,
+            out,
+            recipe,
+            teacher=teacher,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        if (out / REPORT).is_file():
+            snapshots.drop_all(out)
+            progress(Event("done", f"{out} is finished already; nothing to do"))
+            return checkpoint.read_json(out / REPORT)
+        report = train_run(
+            prepared, out, record, time_limit=time_limit, log_with=log_with, progress=progress
+        )
+        if not processes.is_main():
+            return report
+        report["student"] = perplexity(prepared, prepared.student, progress, "student")
+        checkpoint.write_json(out / REPORT, report)
+        snapshots.drop_all(out)  # only now: a run that stops before it is done goes on from them
+        (out / runs.START_FILE).unlink(missing_ok=True)
         return report
-    report["student"] = perplexity(prepared, prepared.student, progress, "student")
-    checkpoint.write_json(out / REPORT, report)
-    for old in checkpoints(out):  # only now: a run that stops before it is done goes on from them
-        shutil.rmtree(old)
-    (out / runs.START_FILE).unlink(missing_ok=True)
-    return report
 
 
 def begin(
@@ -115,19 +114,30 @@ def begin(
 ) -> tuple[Prepared, dict[str, Any]]:
     """Check and load everything; open the run folder ``out``, or find it to be of this recipe.
 
-    ``options`` are those of `prepare_run`. Returns what the loop needs and the run's record.
+    The folder is held by `ternq.runs.locked`. ``options`` are those of `prepare_run`. Returns what
+    the loop needs and the run's record.
     """
     processes.refuse_uneven(recipe.training.batch_size)
     processes.join(options.get("device", "cpu"))
-    runs.refuse_input(out, [model, options.get("teacher")])
-    record = processes.from_main(lambda: runs.existing(out, resume, overwrite))
+    record = processes.from_main(lambda: _found(out, resume, overwrite))
     prepared = prepare_run(model, recipe, cache=out, record=record, progress=progress, **options)
+    offline = bool(options.get("offline"))
 
     def opened() -> dict[str, Any]:
-        _open(prepared, out, record, resume, overwrite, bool(options.get("offline")), progress)
+        _open(prepared, out, record, resume, overwrite, offline, progress)
         return hf.read_run(out)
 
     return prepared, processes.from_main(opened)
+
+
+def _found(out: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] | None:
+    """The record of the run that is there, if it may be gone on with."""
+    record = runs.existing(out, resume, overwrite)
+    other_format = record is not None and record[runs.FORMAT] != runs.FORMAT_VERSION
+    if other_format or runs.half_removed(out):  # the first only where it is to be overwritten
+        runs.remove(out)
+        return None
+    return record
 
 
 def _open(
@@ -140,8 +150,11 @@ def _open(
     progress: Progress,
 ) -> None:
     """Make the run folder ``out``, or go on with what is there if it is of this recipe."""
+    text, device = prepared.corpus, next(prepared.student.model.parameters()).device
+    specs = list(text.specs)
+    identity = runs.identity(prepared.recipe, prepared.teacher, text.held_out, specs, device)
     if record is not None:
-        found = runs.differences(record, prepared.recipe, prepared.corpus.held_out)
+        found = runs.differences(record, prepared.recipe, identity)
         finished = (out / REPORT).is_file()
         if overwrite and (found or finished or resume is False):
             runs.remove(out, keep_own_text=True)
@@ -153,11 +166,14 @@ def _open(
             )
         else:
             progress(Event("plan", f"Going on with the run in {out}"))
+            if changed := runs.changes(record, identity):
+                said = f"Not the same to the bit as one uninterrupted run: {'; '.join(changed)}."
+                prepared.notes.append(said)
+                progress(Event("plan", said, level="warning"))
     if record is None:
-        student, text = prepared.student, prepared.corpus
+        student = prepared.student
         licence = hf.licence(prepared.recipe.model, student.path, offline)
-        specs = list(text.specs)
-        runs.begin(out, prepared.recipe, student, text.held_out, specs, licence)
+        runs.begin(out, prepared.recipe, student, identity, specs, licence)
 
 
 def prepare_run(
@@ -391,7 +407,12 @@ def train_run(
         },
         "weights": weights_summary(student.model, stored_dtype(student.dtype)),
         "dense_layers": [vars(d) for d in prepared.selection.dense],
-        "notes": prepared.notes + record.get("start", []) + _afterwards(trainer.losses),
+        "notes": [
+            *prepared.notes,
+            *record.get("start", []),
+            *trainer.said,
+            *_afterwards(trainer.losses),
+        ],
         "seconds": time.monotonic() - began,
     }
 

@@ -99,9 +99,11 @@ def kind_of(module: nn.Module, name: str) -> str | None:
     return "rest"
 
 
-def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, settings: Training) -> float:
-    """Give every group its rate of this step; returns that of the weights."""
-    now = rate(step, steps, settings.warmup)
+def set_rate(
+    optimizer: torch.optim.Optimizer, step: int, steps: int, settings: Training, factor: float = 1.0
+) -> float:
+    """Give every group its rate of this step, times ``factor``; returns that of the weights."""
+    now = factor * rate(step, steps, settings.warmup)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's
             group["lr"].fill_(group["peak_lr"] * now)
@@ -150,13 +152,13 @@ def _clip_on_host(optimizer: Any, clip: float, norm: float) -> None:
         host.grad.mul_(clip / (norm + 1e-6))
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as plain tensors, named ``[part.]parameter.name[.piece]``.
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state, tensors and numbers, named ``[part.]parameter.name[.piece]``.
 
     A part is one of the optimizers that torchao's offloading keeps; pieces are those of a state in
     8 bits.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for part, state in _parts(optimizer.state_dict()).items():
         for index, values in state["state"].items():
             for key, value in values.items():
@@ -168,7 +170,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return found
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -> None:
     """Put `state_tensors` back into an optimizer of the same settings and parameters.
 
     The parameters must be restored before: copies of them on the host are refreshed here.
@@ -184,7 +186,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         part, index, key, piece = found.groups()
         state = parts[part]["state"].setdefault(int(index), {})
         if piece is None:
-            state[key] = tensor if part else processes.placed(tensor, parameters[int(index)])
+            plain = part or not isinstance(tensor, Tensor)
+            state[key] = tensor if plain else processes.placed(tensor, parameters[int(index)])
         elif piece == "codes":
             state[key] = _eight_bits(tensor, tensors[f"{part}{index}.{key}.scale"], key)
     optimizer.load_state_dict(whole)

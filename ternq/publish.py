@@ -35,8 +35,13 @@ from ternq.files import (
 
 MANIFEST = "ternq.json"
 EXPORT_MANIFEST = "ternq-export.json"  # of a folder in another program's format
+CHECKPOINT = "state.json"  # of a training checkpoint, which is a folder with a manifest too
 FORMAT_VERSION = 1
-_VERSION_KEYS = {MANIFEST: "ternq_format", EXPORT_MANIFEST: "ternq_export"}
+_VERSION_KEYS = {
+    MANIFEST: "ternq_format",
+    EXPORT_MANIFEST: "ternq_export",
+    CHECKPOINT: "ternq_checkpoint",
+}
 _SELF = "manifest"  # the key of the manifest's own hash; the prefix tells it if the key is damaged
 _SELF_PREFIX = "sha256:"
 _NO_HASH = _SELF_PREFIX + 64 * "0"

@@ -78,15 +78,18 @@ class Training:
     optimizer: Optimizer = option("adamw", "AdamW, or AdamW with states in 8 bits (torchao).")
     latent: Latent = option("float32", "Latent weights: float32, or bfloat16 (torchao).")
     offload: bool = option(False, "Optimizer states in the host's memory (CUDA, torchao).")
+    keep_checkpoints: int = option(2, "Checkpoints that are kept.")
+    retreats: int = option(0, "Times to go back when training diverges, each with half the rate.")
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.steps is not None:
             raise RecipeError("--tokens and --steps were both given.", "Name one of them.")
-        for name in ("batch_size", "micro_batch_size", "sequence_length", "calibration", "rank"):
+        counts = ("batch_size", "micro_batch_size", "sequence_length", "calibration", "rank")
+        for name in (*counts, "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")
-        for name in ("tokens", "steps"):
+        for name in ("tokens", "steps", "retreats"):
             if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{flag(name)} is negative.")
         for name in ("lr", "scale_lr", "warmup", "weight_decay", "clip", "off", "kl", "ce"):
@@ -152,8 +155,13 @@ class Recipe:
         ]
 
 
-# Where the checkpoint interval is set does not change what is computed.
-_NOT_COMPARED = {"training.checkpoint_minutes", "model", "version"}
+# When checkpoints are written, and how many are kept, does not change what is computed.
+_NOT_COMPARED = {
+    "training.checkpoint_minutes",
+    "training.keep_checkpoints",
+    "model",
+    "version",
+}
 
 
 def default_recipe(model: str) -> Recipe:

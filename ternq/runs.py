@@ -2,17 +2,27 @@
 
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
 ``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``logs/`` the trackers', ``self.json`` is
-text that the teacher wrote, ``start.safetensors`` is a start that took calibration.
+text that the teacher wrote, ``start.safetensors`` is a start that took calibration. A lock in it
+dies with the process.
 Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
+import contextlib
+import datetime
 import hashlib
+import json
+import os
 import shutil
+import socket
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import ternq
 from ternq import checkpoint, hf
 from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
@@ -26,7 +36,96 @@ REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
 START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
 FORMAT = "ternq_run"
-_BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off
+FORMAT_VERSION = 1
+LOCK = ".lock"
+_BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER, LOCK}  # all there is if a start was cut off
+_REMOVED = f".{hf.RUN_FILE}.removed"  # instead of run.json while a run is being removed
+
+
+@contextlib.contextmanager
+def locked(
+    out: Path, resume: bool | None, overwrite: bool, inputs: Sequence[str | None]
+) -> Iterator[None]:
+    """Hold the run in ``out``, or the place where it will be, until the block ends.
+
+    The lock (flock) dies with the process, so that a file which a killed one left does no harm.
+    There is none on Windows, on file systems without locks, and in processes that only help the
+    first one of a launch.
+
+    Raises:
+        RecipeError: another process holds it; or what `refuse_input` and `existing` raise.
+    """
+    refuse_input(out, list(inputs))
+    existing(out, resume, overwrite)
+    handle = _lock(out / LOCK)
+    try:
+        for path in list(out.iterdir()) if handle is not None else []:
+            if _leftover(path) and path.name != _REMOVED:
+                path.unlink()
+        yield
+    finally:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                (out / LOCK).unlink()
+                if not any(out.iterdir()):
+                    out.rmdir()
+            os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that is locked until it is closed; None where that cannot be."""
+    if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
+        return None
+    import fcntl
+
+    for _ in range(100):  # each time the last holder removed file or folder as it ended
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue
+        except OSError:  # the first thing that is written says what is wrong with the place
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise _in_use(path) from None
+        except OSError:
+            os.close(handle)
+            return None
+        if _names(path, handle):
+            _sign(handle)
+            return handle
+        os.close(handle)
+    return None
+
+
+def _sign(handle: int) -> None:
+    """Write who holds a lock, for others to say."""
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    with contextlib.suppress(OSError):
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps(holder).encode())
+
+
+def _names(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(path: Path) -> RecipeError:
+    who = "another process"
+    with contextlib.suppress(InputError, KeyError):
+        holder = checkpoint.read_json(path)
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    return RecipeError(
+        f"'{path.parent}' is in use by {who}.",
+        "Wait for it to end, stop it, or choose another -o.",
+    )
 
 
 def existing(out: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] | None:
@@ -43,9 +142,18 @@ def existing(out: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] 
             )
         if resume is False and not overwrite:
             raise RecipeError(f"'{out}' holds a run.", "Go on with it, or pass --overwrite.")
-        return hf.read_run(out)
+        record = hf.read_run(out)
+        if record[FORMAT] != FORMAT_VERSION and not overwrite:
+            raise RecipeError(
+                f"'{out}' is a run of another version of ternq (format {record[FORMAT]}; this one "
+                f"goes on with format {FORMAT_VERSION}).",
+                "Go on with that version, choose another -o, or pass --overwrite.",
+            )
+        return record
     if resume:
         raise InputError(f"There is no run to resume in '{out}'.", "Leave --resume out.")
+    if half_removed(out):
+        return None
     if out.exists() and (not out.is_dir() or any(_foreign(p) for p in out.iterdir())):
         raise RecipeError(
             f"'{out}' exists and is no run of ternq.", "Choose another folder with -o."
@@ -65,7 +173,7 @@ def begin(
     out: Path,
     recipe: Recipe,
     student: hf.Loaded,
-    held_out: Tensor,
+    identity: dict[str, Any],
     data: list[str],
     licence: str | None,
 ) -> None:
@@ -74,38 +182,78 @@ def begin(
         out.mkdir(parents=True, exist_ok=True)
         hf.save_base(student, out / hf.BASE_FOLDER)
     record = {
-        FORMAT: 1,
+        FORMAT: FORMAT_VERSION,
         "recipe": recipe.to_json(),
         "modules": list(ternary_layers(student.model)),
         "dtype": str(student.dtype).removeprefix("torch."),
         "data": data,
-        "data_sha256": _hashes(data, recipe.model),
-        "text_sha256": _digest(held_out),
+        **identity,
         "base_model": {"name": recipe.model, "license": licence},
     }
     checkpoint.write_json(out / hf.RUN_FILE, record)
 
 
-def differences(record: dict[str, Any], recipe: Recipe, held_out: Tensor) -> list[str]:
+def identity(
+    recipe: Recipe, teacher: hf.Loaded, held_out: Tensor, data: list[str], device: torch.device
+) -> dict[str, Any]:
+    """What a run is made from and on, beside its recipe."""
+    chip = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name(device)
+    return {
+        "data_sha256": _hashes(data, recipe.model),
+        "text_sha256": _digest(held_out),
+        "teacher_weights": hf.fingerprint(teacher.model),
+        "machine": {
+            "ternq": ternq.__version__,
+            "torch": torch.__version__,
+            "device": f"{device.type} ({chip})",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def differences(record: dict[str, Any], recipe: Recipe, identity: dict[str, Any]) -> list[str]:
     """What a run's record says that is not so now; empty if it may go on."""
     found = recipe.differences(Recipe.from_json(record["recipe"]))
-    if not found and record.get("text_sha256") != _digest(held_out):
-        found = ["the text is another"]
+    found = ["the base model's weights" if d.startswith("base: ") else d for d in found]
+    then, now = record.get("data_sha256", {}), identity["data_sha256"]
+    changed = sorted(n for n in then.keys() | now.keys() if then.get(n) != now.get(n))
+    found = found or [f"{name} is not the file that it was" for name in changed]
+    said = {"text_sha256": "the text is another", "teacher_weights": "the teacher's weights"}
+    for key in said if not found else ():
+        if record.get(key, identity[key]) != identity[key]:
+            found.append(said[key])
     return found
 
 
+def changes(record: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """What is another now that changes the last bits of a run, and no more than those."""
+    now, then = identity["machine"], record.get("machine", {})
+    return [f"{k} {then[k]} then, {now[k]} now" for k in now if k in then and then[k] != now[k]]
+
+
 def remove(out: Path, *, keep_own_text: bool = False) -> None:
-    """Remove what a run wrote, and nothing else."""
+    """Remove what a run wrote, and nothing else; killed on the way, it is `half_removed`."""
+    if (out / hf.RUN_FILE).is_file():
+        with checkpoint.writing(out):
+            (out / hf.RUN_FILE).replace(out / _REMOVED)
     for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS):
         if folder.is_dir():
             shutil.rmtree(folder)
-    names = {hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, START_FILE}
+    names = {hf.STUDENT_FILE, REPORT, METRICS, START_FILE}
     names |= set() if keep_own_text else {OWN_TEXT_FILE}
     for path in list(out.iterdir()) if out.is_dir() else []:
-        if path.name in names or _leftover(path):
+        if path.name != _REMOVED and (path.name in names or _leftover(path)):
             path.unlink()
+    (out / _REMOVED).unlink(missing_ok=True)
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
+
+
+def half_removed(out: Path) -> bool:
+    """Whether the removal of a run was cut off here, and is to be gone on with."""
+    return (out / _REMOVED).is_file() and not (out / hf.RUN_FILE).exists()
 
 
 def _foreign(path: Path) -> bool:
@@ -114,16 +262,21 @@ def _foreign(path: Path) -> bool:
 
 def _leftover(path: Path) -> bool:
     """A file that a killed process was writing under a temporary name."""
-    return path.is_file() and path.name.startswith((f".{hf.RUN_FILE}.", f".{OWN_TEXT_FILE}."))
+    written = (hf.RUN_FILE, OWN_TEXT_FILE, REPORT, METRICS, hf.STUDENT_FILE, START_FILE)
+    return path.is_file() and path.name.startswith(tuple(f".{name}." for name in written))
 
 
 def _hashes(data: list[str], model: str) -> dict[str, str]:
-    """SHA-256 of every local file that is trained on, by name."""
-    names = [name for name, _ in parse_mix(data)]
-    paths = [Path(name).expanduser() for name in names]
+    """SHA-256 of every local file that is trained on, by name; of a folder's, by path in it."""
+    paths = [Path(name).expanduser() for name, _ in parse_mix(data)]
     paths += [DEMO_FOLDER / "train.jsonl.xz"] if model == DEMO and not data else []
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-    return {file.name: sha256(file) for file in files if file.is_file()}
+    found: dict[str, str] = {}
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                name = file.relative_to(path.parent).as_posix()
+                found[str(file) if name in found else name] = sha256(file)
+    return found
 
 
 def _digest(ids: Tensor) -> str:

@@ -52,6 +52,11 @@ def requested() -> str | None:
     return _request
 
 
+def pending() -> str | None:
+    """The signal that asked to stop, or None; asking does not count as polling."""
+    return _request
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _request
     again, _request = _request is not None, signal.Signals(number).name

@@ -66,59 +66,65 @@ def ternarize(
     half = (run / hf.RUN_FILE).is_file() and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)
     if finished is not None:
+        if runs.half_removed(run):
+            with runs.locked(run, None, True, []):
+                runs.remove(run)
         progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
         return finished
     jobs = load_jobs(tasks, data_dir, offline) if tasks else []
     runs.refuse_input(out, [model])
     checkpoint.check_output(out, overwrite or half)
-    prepared, record = distill.begin(
-        model,
-        run,
-        recipe,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    trained = distill.train_run(
-        prepared, run, record, time_limit=time_limit, log_with=log_with, progress=progress
-    )
-    if not processes.is_main():
-        return trained
-    progress(Event("pack", "Packing, and loading what was packed to compare it"))
+    with runs.locked(run, resume, overwrite, [model]):
+        prepared, record = distill.begin(
+            model,
+            run,
+            recipe,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        trained = distill.train_run(
+            prepared, run, record, time_limit=time_limit, log_with=log_with, progress=progress
+        )
+        if not processes.is_main():
+            return trained
+        progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
-    def measure(folder: Path) -> dict[str, Any]:
-        packed = hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
-        student = distill.perplexity(prepared, packed, progress, "packed student")
-        results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
-        for name, loaded in ((model, prepared.teacher), (str(out), packed)) if jobs else ():
-            loaded = replace(loaded, name=name)
-            found = evaluate([loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress)
-            results[name] |= found["results"][name]
-        return {"student": student, "results": results}
+        def measure(folder: Path) -> dict[str, Any]:
+            packed = hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
+            student = distill.perplexity(prepared, packed, progress, "packed student")
+            results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
+            for name, loaded in ((model, prepared.teacher), (str(out), packed)) if jobs else ():
+                loaded = replace(loaded, name=name)
+                found = evaluate(
+                    [loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress
+                )
+                results[name] |= found["results"][name]
+            return {"student": student, "results": results}
 
-    packed = pack(
-        replace(prepared.student, kind="run", path=run),
-        out,
-        embeddings=embeddings,
-        overwrite=overwrite or half,
-        keep_dtype=keep_dtype,
-        progress=progress,
-        extra=asked | ({"made": made} if made else {}),
-        measure=measure,
-    )
-    notes = {"notes": [*trained["notes"], *packed["notes"]]}
-    reloaded = hf.load(str(out), dtype=torch.float32, device=device)
-    report = trained | packed | notes | ({"made": made} if made else {})
-    report |= {"samples": samples(model, prepared.teacher, reloaded)}
-    report |= {"layers": {str(out): layer_diagnostics(reloaded.model, prepared.teacher.model)}}
-    checkpoint.write_json(run / REPORT, report)
-    keep_reports(run, out)
-    write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
-    runs.remove(run)
-    return report
+        packed = pack(
+            replace(prepared.student, kind="run", path=run),
+            out,
+            embeddings=embeddings,
+            overwrite=overwrite or half,
+            keep_dtype=keep_dtype,
+            progress=progress,
+            extra=asked | ({"made": made} if made else {}),
+            measure=measure,
+        )
+        notes = {"notes": [*trained["notes"], *packed["notes"]]}
+        reloaded = hf.load(str(out), dtype=torch.float32, device=device)
+        report = trained | packed | notes | ({"made": made} if made else {})
+        report |= {"samples": samples(model, prepared.teacher, reloaded)}
+        report |= {"layers": {str(out): layer_diagnostics(reloaded.model, prepared.teacher.model)}}
+        checkpoint.write_json(run / REPORT, report)
+        keep_reports(run, out)
+        write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
+        runs.remove(run)
+        return report
 
 
 def _held_out(measured: dict[str, Any]) -> dict[str, Any]:

@@ -6,16 +6,20 @@ formats are read here, so that `datasets` is imported only for what lies in the 
 """
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import lzma
 import os
+import queue
 import random
 import socket
+import threading
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +27,8 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from ternq.errors import InputError
+from ternq import stop
+from ternq.errors import InputError, InterruptedByUser, StoppedError
 from ternq.progress import Event, Progress, ignore
 
 PASSAGE = 16_384
@@ -32,6 +37,13 @@ PASSAGE = 16_384
 Source = Callable[[int], Iterator[str]]
 """A source begun with a seed; begun again with another it gives another order."""
 
+STALL_SAID = 60.0
+"""Seconds without text from the hub after which that is said, and again after as many."""
+
+STALL_ENDS = 600.0
+"""Seconds without text from the hub after which a command stops, to be gone on with."""
+
+_READ_AHEAD = 64  # documents of a stream
 _BUFFER_DOCUMENTS, _BUFFER_CHARACTERS = 1024, 32_000_000
 _CONFIGS = {"allenai/c4": "en"}
 _UNPACK: dict[str, Callable[[Path], Any]] = {
@@ -84,7 +96,8 @@ def open_source(spec: str, offline: bool = False, progress: Progress = ignore) -
         return _folder(path)
     if path.is_file():
         _kind(path)
-        return lambda seed: _documents([path], spec, seed)
+        stamps = {path: _stamp(path)}
+        return lambda seed: _documents(stamps, spec, seed)
     if looks_local(spec):
         raise InputError(f"There is no file or folder '{spec}'.", "--data names text to train on.")
     if is_offline(offline):
@@ -94,14 +107,15 @@ def open_source(spec: str, offline: bool = False, progress: Progress = ignore) -
         )
     progress(Event("data", f"streaming {spec} from the hub"))
     name, _, config = spec.partition(":")
-    return lambda seed: _dataset(name, config or _CONFIGS.get(name), seed)
+    chosen = config or _CONFIGS.get(name)
+    return lambda seed: _awaited(name, lambda: _dataset(name, chosen, seed), progress)
 
 
 def _folder(path: Path) -> Source:
     if _has_hub_layout(path):
         return lambda seed: _dataset(str(path), None, seed)
-    files = _files(path)
-    return lambda seed: _documents(files, str(path), seed)
+    stamps = {file: _stamp(file) for file in _files(path)}
+    return lambda seed: _documents(stamps, str(path), seed)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -151,11 +165,26 @@ _READ: dict[str, Callable[[Path, random.Random | None], Iterator[str]]] = {
 }
 
 
-def _documents(files: Sequence[Path], name: str, seed: int) -> Iterator[str]:
+def _documents(stamps: Mapping[Path, Any], name: str, seed: int) -> Iterator[str]:
     rng = random.Random(seed)
-    order = list(files)
+    order = list(stamps)
     rng.shuffle(order)
-    return shuffled(chain.from_iterable(_file(path, rng) for path in order), rng, name)
+    return shuffled(chain.from_iterable(_unchanged(p, stamps[p], rng) for p in order), rng, name)
+
+
+def _unchanged(path: Path, stamp: Any, rng: random.Random) -> Iterator[str]:
+    """The documents of one file; `InputError` if it is no longer as its ``stamp`` says."""
+    yield from _file(path, rng)
+    if _stamp(path) != stamp:
+        raise InputError(f"'{path}' changed while it was in use.", "Text must stay as it is.")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:  # reading it says so
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _file(path: Path, rng: random.Random | None) -> Iterator[str]:
@@ -248,8 +277,73 @@ def _dataset(name: str, config: str | None, seed: int) -> Iterator[str]:
     stream = load_split(name, config, "train", streaming=True)
     if stream.column_names and "text" not in stream.column_names:
         _row_text(dict.fromkeys(stream.column_names), f"The dataset '{name}'")
-    rows = stream.shuffle(seed=seed, buffer_size=_BUFFER_DOCUMENTS)
+    rows = _unbroken(name, stream.shuffle(seed=seed, buffer_size=_BUFFER_DOCUMENTS))
     return _not_empty(name, (_row_text(row, f"The dataset '{name}'") for row in rows))
+
+
+def _unbroken(name: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a dataset; whatever its libraries raise on the way is an `InputError`."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise InputError(f"The dataset '{name}' broke off: {first_line(error)}") from error
+
+
+def _awaited(name: str, begin: Callable[[], Iterator[str]], progress: Progress) -> Iterator[str]:
+    """The documents of a stream, read ahead by a thread, so that a stall is noticed.
+
+    Their order is the stream's, and what it raises is raised here, in its place. A thread that
+    waits for the network does not keep Python from ending.
+
+    Raises:
+        StoppedError: nothing came for `STALL_ENDS` seconds, or SIGTERM came meanwhile;
+            InterruptedByUser: Ctrl-C did.
+    """
+    line: queue.Queue[tuple[str | None, BaseException | None]] = queue.Queue(_READ_AHEAD)
+    closed = threading.Event()
+
+    def put(document: str | None, error: BaseException | None = None) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                line.put((document, error), timeout=0.2)
+                break
+
+    def read() -> None:
+        try:
+            for document in begin():
+                put(document)
+                if closed.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised where the text is wanted
+            put(None, error)
+
+    threading.Thread(target=read, daemon=True, name=f"text of {name}").start()
+    try:
+        while (document := _next(name, line, progress)) is not None:
+            yield document
+    finally:
+        closed.set()
+
+
+def _next(name: str, line: "queue.Queue[Any]", progress: Progress) -> str | None:
+    """The next document of a line, None at its end; a stall is said, and at last is an error."""
+    began, said = time.monotonic(), 1
+    while True:
+        with contextlib.suppress(queue.Empty):
+            document, error = line.get(timeout=min(1.0, STALL_SAID))
+            if error is not None:
+                raise error
+            return document  # type: ignore[no-any-return]
+        waited = time.monotonic() - began
+        if (request := stop.pending()) is not None:
+            kind = InterruptedByUser if request == "SIGINT" else StoppedError
+            raise kind(f"Stopped while waiting for text from {name} ({request}).")
+        if waited >= STALL_ENDS:
+            raise StoppedError(f"No text came from {name} for {waited:.0f} s.", "Is it reachable?")
+        if waited >= said * STALL_SAID:
+            said += 1
+            progress(Event("data", f"no text from {name} for {waited:.0f} s", level="warning"))
 
 
 def _not_empty(name: str, documents: Iterable[str]) -> Iterator[str]:

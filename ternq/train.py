@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ternq import processes, snapshots, stop, trackers
-from ternq.errors import InterruptedByUser, StoppedError
+from ternq.errors import DivergenceError, InterruptedByUser, StoppedError, TernqError
+from ternq.files import writing
 from ternq.frozen import arrange
 from ternq.linear import decoder_blocks
 from ternq.objective import Objective
@@ -28,6 +29,7 @@ from ternq.recipe import Training
 from ternq.watch import Watch
 
 TIME_LIMIT = "time limit"
+_KEPT = ("seconds", "losses", "read", "retreats", "said")  # in a checkpoint, beside the step
 
 
 @dataclass
@@ -48,6 +50,9 @@ class Trainer:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # first and last
+    read: int = 0  # blocks of the text
+    retreats: int = 0  # made after a divergence
+    said: list[str] = field(default_factory=list)  # of them
 
     def __post_init__(self) -> None:
         self.device = device = next(self.student.parameters()).device
@@ -64,6 +69,7 @@ class Trainer:
             self.objective, decoder_blocks(self.student)[1]
         )
         self.watch = Watch(self.student)
+        self.writer = snapshots.Writer(self.folder, self.settings.keep_checkpoints, self.progress)
         self.optimizer = optimizer(self.student, self.settings)
         self.wrapped: Any = self.objective
         if not self.alone:
@@ -107,8 +113,14 @@ class Trainer:
 
         Raises:
             StoppedError: SIGTERM or the time limit; InterruptedByUser: Ctrl-C; each after saving.
-            DivergenceError: the loss or a gradient is not finite.
+            DivergenceError: see `ternq.watch`; no retreat is left.
+            InputError: the text failed; after saving. ResourceError: no checkpoint can be written.
         """
+        with self.writer:
+            self._run()
+        stop.not_polled()
+
+    def _run(self) -> None:
         if self.step < self.steps:
             self._find_place()
         trackers.begin(self.accelerator, self.folder, asdict(self.settings))
@@ -118,45 +130,83 @@ class Trainer:
             trackers.end(self.accelerator)
 
     def _find_place(self) -> None:
-        """Skip the blocks that were trained on: the text is a stream, read from its beginning."""
-        behind = self.step * self.settings.batch_size
-        for done in range(behind):
+        """Skip the blocks that were read before: the text is a stream, read from its beginning."""
+        for done in range(self.read):
             next(self.blocks)
-            self.progress(Event("finding the place in the text", done=done + 1, total=behind))
+            event = Event("finding the place in the text", done=done + 1, total=self.read)
+            self.progress(event)
 
     def _train(self) -> None:
         began = saved = time.monotonic()
         before = self.seconds
+        if self.settings.retreats and not self.step:
+            self.save()  # the start, to go back to
         while self.step < self.steps:
-            values = self.one_step()
-            self.step += 1
-            now = time.monotonic()
-            self.seconds = before + now - began
-            self._record(values)
+            try:
+                values = self.one_step()
+                self.step += 1
+                now = time.monotonic()
+                self.seconds = before + now - began
+                self._record(values)
+                self.watch.check(self.step, self.steps, values["loss"])
+            except DivergenceError as error:
+                self._retreat(error)
+                continue
             reason = self._stop_reason(now - began)
-            due = now - saved > 60 * self.settings.checkpoint_minutes
+            due = now - saved > 60 * self.settings.checkpoint_minutes and not self.writer.busy()
             reason, due = processes.agreed(reason, due)
-            if reason or due or self.step == self.steps:
-                self.save()
+            last = bool(reason) or self.step == self.steps
+            if due or last:
+                self.save(aside=not last)
                 saved = now
             if reason and (self.step < self.steps or reason != TIME_LIMIT):
                 raise self._stopped(reason)
-        stop.not_polled()
+
+    def _retreat(self, error: DivergenceError) -> None:
+        """Go back to the last good checkpoint with half the rate, reading on in the text.
+
+        Raises ``error`` where no retreat is left.
+        """
+        if self.retreats == self.settings.retreats:
+            raise error
+        retreats, read = self.retreats + 1, self.read
+        self.writer.wait()
+        if not self.restore(good=True):
+            raise error
+        self.optimizer.zero_grad()
+        self.retreats, self.read = retreats, read
+        said = f"{error.message} Back to step {self.step}, at 1/{2**retreats} of the rate"
+        self.said.append(said)
+        self.progress(Event("train", said, level="warning"))
+        self.save()
 
     def one_step(self) -> dict[str, float]:
         """One optimizer step on ``batch_size`` blocks: the loss and its terms."""
-        batch = torch.stack([next(self.blocks) for _ in range(self.settings.batch_size)])
+        batch = self.draw()
         diagnose = self.watch.due(self.step, self.steps)
         before = self.watch.codes() if diagnose else {}
         values = self.accumulate(processes.share(batch))
         values = values if self.alone else processes.mean(values)
         norm = self.clip()
-        self.watch.check_finite(self.step, values["loss"], norm)
-        lr = set_rate(self.optimizer, self.step, self.steps, self.settings)
+        self.watch.check_finite(self.step + 1, values["loss"], norm)
+        slower = 0.5**self.retreats
+        lr = set_rate(self.optimizer, self.step, self.steps, self.settings, slower)
         take_step(self.optimizer, self.settings, seed=self.seed, step=self.step, norm=norm)
         self.optimizer.zero_grad()
         values |= {"gradient_norm": norm, "lr": lr}
         return values | (self.watch.diagnostics(before) if diagnose else {})
+
+    def draw(self) -> Tensor:
+        """The next batch ``[blocks, tokens]``; if the text fails, a checkpoint comes first."""
+        try:
+            found = torch.stack([next(self.blocks) for _ in range(self.settings.batch_size)])
+        except TernqError as error:
+            self.save()
+            saved = "A checkpoint is saved: the same command goes on from there."
+            error.hint = f"{error.hint} {saved}" if error.hint else saved
+            raise
+        self.read += len(found)
+        return found
 
     def accumulate(self, batch: Tensor) -> dict[str, float]:
         """Gradients of the mean loss over a batch ``[blocks, tokens]``, in micro batches."""
@@ -186,7 +236,8 @@ class Trainer:
         if not processes.is_main():
             return
         line = {"step": self.step, "seconds": round(self.seconds, 3)} | values
-        with (self.folder / snapshots.METRICS).open("a", encoding="utf-8") as file:
+        path = self.folder / snapshots.METRICS
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.accelerator.log(values, step=self.step)
         shown = {"loss": values["loss"], "lr": values["lr"]}
@@ -205,17 +256,22 @@ class Trainer:
         hint = "The same command goes on from there."
         return (InterruptedByUser if reason == "SIGINT" else StoppedError)(said, hint)
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
-        record = {"seconds": self.seconds, "losses": self.losses}
-        snapshots.save(self.folder, self.step, self.student, self.optimizer, record)
+    def save(self, *, aside: bool = False) -> None:
+        """Write a checkpoint of this step: before returning, or ``aside``."""
+        record = {name: getattr(self, name) for name in _KEPT} | self.watch.state()
+        self.writer.save(self.step, self.student, self.optimizer, record, aside=aside)
 
-    def restore(self) -> bool:
-        """Go on from the newest checkpoint, if there is one."""
-        record = snapshots.restore(self.folder, self.student, self.optimizer)
+    def restore(self, *, good: bool = False) -> bool:
+        """Go on from the newest checkpoint, if there is one; ``good``: whose loss was not lost."""
+        record = snapshots.restore(
+            self.folder, self.student, self.optimizer, self.progress, good=good
+        )
         if record is None:
             return False
-        self.step, self.seconds, self.losses = (record[k] for k in ("step", "seconds", "losses"))
+        self.step = record["step"]
+        for name in _KEPT:
+            setattr(self, name, record[name])
+        self.watch.go_on(record)
         return True
 
 

@@ -6,7 +6,9 @@ ours, and wide: a run that trips them is lost, not slow.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +50,14 @@ class Watch:
         self.constant = set(_of_one_code(self.codes()))  # before anything was learned
         self.collapsed: list[str] = []
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
-        return asdict(self.course)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; ``good``: its loss was not above the start."""
+        return {"course": asdict(self.course), "good": self.course.above == 0}
 
-    def go_on(self, state: dict[str, float]) -> None:
+    def go_on(self, state: Mapping[str, Any]) -> None:
         """Take up the `state` of a checkpoint."""
-        self.course = Course(state["start"], int(state["counted"]), int(state["above"]))
-
-    @property
-    def good(self) -> bool:
-        """Whether the last loss was not above the start: a state worth going back to."""
-        return self.course.above == 0
+        self.course = Course(**state["course"])
+        self.collapsed = []
 
     def due(self, step: int, steps: int) -> bool:
         """Whether this step, counted from 0, is one of the few that are looked at."""

@@ -318,7 +318,7 @@ def test_resumed_is_uninterrupted_to_the_bit(
         for at in (2, 4):
             with pytest.raises(StoppedError, match=f"after step {at} of 5"):
                 distill.distill(str(source), tmp_path / "parts", recipe, offline=True)
-            assert [p.name for p in snapshots.checkpoints(tmp_path / "parts")] == [f"step-{at:08d}"]
+            assert snapshots.checkpoints(tmp_path / "parts")[-1].name == f"step-{at:08d}"
             with pytest.raises(InputError, match="not finished"):
                 hf.load(str(tmp_path / "parts"))
     parts = distill.distill(str(source), tmp_path / "parts", recipe, offline=True, resume=True)
