@@ -2,7 +2,8 @@
 
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
 ``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``logs/`` the trackers', ``self.json`` is
-text that the teacher wrote, ``start.safetensors`` is a start that took calibration.
+text that the teacher wrote, ``start.safetensors`` is a start that took calibration,
+``teacher/`` what the teacher put out.
 Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
@@ -24,6 +25,7 @@ from ternq.trackers import LOGS
 
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
+TEACHER_FOLDER = "teacher"  # what its last block put out (`ternq.teacher`)
 START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
 FORMAT = "ternq_run"
 _BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off
@@ -96,7 +98,7 @@ def differences(record: dict[str, Any], recipe: Recipe, held_out: Tensor) -> lis
 
 def remove(out: Path, *, keep_own_text: bool = False) -> None:
     """Remove what a run wrote, and nothing else."""
-    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS):
+    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS, out / TEACHER_FOLDER):
         if folder.is_dir():
             shutil.rmtree(folder)
     names = {hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, START_FILE}
