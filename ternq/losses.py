@@ -172,7 +172,9 @@ class _HeadLoss(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(weight, bias).to(dtype)
-        other = None if other is None else other.to(dtype)
+        if other is not None:  # a head that does not learn is one for both
+            same = other.weight is weight and other.bias is bias
+            other = head if same else other.to(dtype)
         shares = _shares(labels, torch.promote_types(dtype, torch.float32))
         sums = shares.new_zeros(2)
         inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
