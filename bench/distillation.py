@@ -81,7 +81,7 @@ def step(made: Trainer, batch: torch.Tensor, diagnose: bool) -> None:
     made.blocks = iter(batch)
     if isinstance(made.optimizer, torch.optim.AdamW):  # dense: nothing of it is watched
         made.accumulate(batch)
-        made.accelerator.clip_grad_norm_(made.wrapped.parameters(), 1.0)
+        made.clip()
         made.optimizer.step()
         made.optimizer.zero_grad()
         return
