@@ -4,6 +4,7 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 ``student.safetensors`` and ``report.json``.
 """
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -31,6 +32,7 @@ from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme
 from ternq.runs import REPORT
 from ternq.student import student_of
+from ternq.teacher import CachedTeacher, TeacherCache, cached_teacher
 from ternq.train import Trainer, has_bf16
 from ternq.weights import stored_dtype, weights_summary
 
@@ -99,6 +101,7 @@ def distill(
         checkpoint.write_json(out / REPORT, report)
         snapshots.drop_all(out)  # only now: a run that stops before it is done goes on from them
         (out / runs.START_FILE).unlink(missing_ok=True)
+        shutil.rmtree(out / runs.TEACHER_FOLDER, ignore_errors=True)
         return report
 
 
@@ -231,6 +234,8 @@ def prepare_run(
     if record is not None and not recipe.training.data:
         specs, note = tuple(record.get("data", ())), None
     notes += [note] if note else []
+    if recipe.training.cache_teacher and recipe.training.off:
+        notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
     for note in notes:
         progress(Event("plan", note))
     if not open_text and corpora.has_own_text(specs):
@@ -379,6 +384,8 @@ def train_run(
         record |= {"steps": steps}
     processes.from_main(lambda: checkpoint.write_json(out / hf.RUN_FILE, record))
     trainer.steps = steps
+    if recipe.training.cache_teacher:
+        trainer.learn_from(_cached(prepared, trainer, out, progress))
     if trainer.restore():
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
@@ -425,6 +432,22 @@ def _measured(prepared: Prepared, record: dict[str, Any], progress: Progress) ->
         "teacher": perplexity(prepared, prepared.teacher, progress, "teacher"),
         "untrained": perplexity(prepared, prepared.student, progress, "untrained"),
     }
+
+
+def _cached(prepared: Prepared, trainer: Trainer, out: Path, progress: Progress) -> CachedTeacher:
+    """The teacher's outputs on the text of the run, made or gone on with; its decoder is freed."""
+    processes.refuse_many("--cache-teacher")
+    settings, model = prepared.recipe.training, prepared.teacher.model
+    key = {"teacher": hf.fingerprint(model), "length": settings.sequence_length}
+    return cached_teacher(
+        model,
+        prepared.corpus.blocks,
+        trainer.steps * settings.batch_size,
+        TeacherCache(out / runs.TEACHER_FOLDER, key),
+        rows=settings.micro_batch_size or settings.batch_size,
+        autocast=trainer.objective.autocast,
+        progress=progress,
+    )
 
 
 def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress: Progress) -> None:

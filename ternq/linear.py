@@ -7,7 +7,9 @@ were, so that checkpoints, tied weights and ``repr(model)`` tell the truth.
 
 import fnmatch
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ class TernaryLinear(nn.Linear):
     (or None) are learned, float32 ``[out, groups]``.
     """
 
+    once: "Once | None" = None  # while one rounding serves several forward passes
     weight_shift: nn.Parameter | None
     bias: nn.Parameter | None  # type: ignore[assignment]  # as nn.Linear has it without a bias
 
@@ -87,10 +90,13 @@ class TernaryLinear(nn.Linear):
         return new.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        dtype = compute_dtype(input)
+        if self.once is not None:
+            return F.linear(input, self.once.value(dtype), self.bias)
         weight = ternary.fake_quantize(
-            self.weight.float(), self.weight_scale, self.weight_shift, self.group_size, self.ste
+            self.weight, self.weight_scale, self.weight_shift, self.group_size, self.ste, dtype
         )
-        return F.linear(input, weight.to(input.dtype), self.bias)
+        return F.linear(input, weight, self.bias)
 
     def codes(self) -> Tensor:
         """The codes in use, int8 ``[out, in]``; of a weight in shards, this process's rows."""
@@ -104,6 +110,88 @@ class TernaryLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+class Once:
+    """One rounding of a layer's weight for several forward passes; their gradients are summed."""
+
+    def __init__(self, layer: TernaryLinear) -> None:
+        self.layer = layer
+        self._value: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The rounded weight, a leaf; made when first asked for."""
+        if self._value is None:
+            layer = self.layer
+            self._value, self._codes = ternary.rounded(
+                layer.weight, layer.weight_scale, layer.weight_shift, layer.group_size, dtype
+            )
+            self._value.requires_grad_(any(self._wanted()))
+            if self._value.requires_grad:
+                add_hook: Any = self._value.register_post_accumulate_grad_hook
+                add_hook(self._take)
+        return self._value
+
+    def _wanted(self) -> tuple[bool, bool, bool]:
+        layer = self.layer
+        both = layer.weight.requires_grad, layer.weight_scale.requires_grad
+        return *both, layer.weight_shift is not None and layer.weight_shift.requires_grad
+
+    def _take(self, value: Tensor) -> None:
+        """Add the gradient of one pass, in float32 whatever the pass was computed in."""
+        gradient, value.grad = value.grad, None
+        assert gradient is not None
+        if self._gradient is None:
+            self._gradient = gradient.float()
+        else:
+            self._gradient.add_(gradient)
+
+    def backward(self) -> None:
+        """Hand the sum on to weight, scale and shift."""
+        if self._gradient is None:
+            return
+        layer, wanted = self.layer, self._wanted()
+        found = ternary.straight_through(
+            self._gradient,
+            self._codes,
+            layer.weight_scale,
+            layer.group_size,
+            layer.ste,
+            dtype=layer.weight.dtype,
+            wanted=wanted,
+        )
+        parameters = (layer.weight, layer.weight_scale, layer.weight_shift)
+        pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        torch.autograd.backward([p for p, _ in pairs if p is not None], [g for _, g in pairs])
+
+
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """While open, a weight is rounded in the first forward pass alone; on leaving, gradients go on.
+
+    The parameters get the gradients of all backward passes together, at the end. They must not
+    change meanwhile. Costs no more memory than one pass: the sum of the gradients, in float32,
+    stands where the parameters' would.
+    """
+    layers = list(ternary_layers(model).values())
+    for layer in layers:
+        layer.once = Once(layer)
+    try:
+        yield
+        for layer in layers:
+            once, layer.once = layer.once, None
+            if once is not None:
+                once.backward()
+    finally:
+        for layer in layers:
+            layer.once = None
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The type in which a product with ``input`` is made: autocast's where it is on, or its own."""
+    kind = input.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
 
 
 Ternary = TernaryLinear | PackedLinear

@@ -4,18 +4,25 @@ Student and loss are one module, so that an engine that wraps modules (Accelerat
 step inside its ``forward``. The teacher is no part of it: nothing of it is trained or saved.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ternq.blocks import BlockOutputs
-from ternq.losses import logit_loss, off_per_block
+from ternq.head import HeadInput, head_of, why_whole
+from ternq.linear import compute_dtype
+from ternq.losses import head_loss, logit_loss, off_per_block
 from ternq.recipe import Training
+from ternq.teacher import CachedTeacher
 
 
 class Objective(nn.Module):
-    """``off * OFF + kl * KL + ce * CE`` of a student on token ids ``[blocks, tokens]``."""
+    """``off * OFF + kl * KL + ce * CE`` of a student on token ids ``[blocks, tokens]``.
+
+    ``whole`` says why logits are held whole; None: they are made in chunks, through the head.
+    """
 
     def __init__(
         self, student: Any, teacher: Any, settings: Training, autocast: Any = None
@@ -23,30 +30,59 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.settings, self.autocast = settings, autocast
+        self.whole = why_whole(student)
+        if settings.off or settings.kl:
+            self.whole = self.whole or why_whole(teacher)
+        self.learn_from(teacher)
+
+    def learn_from(self, teacher: Any) -> None:
+        """Have another teacher: a model, or a `CachedTeacher`."""
         self._teacher = (teacher,)  # in a tuple, lest it become a submodule
 
     def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the batch, and its terms without a gradient."""
-        settings, (teacher,) = self.settings, self._teacher
-        use_teacher = bool(settings.off or settings.kl)
-        with self.autocast, BlockOutputs(self.student) as own:
-            logits = self.student(input_ids=ids, use_cache=False).logits
-        target = None
-        if use_teacher:
-            with self.autocast, torch.no_grad(), BlockOutputs(teacher) as others:
-                target = teacher(input_ids=ids, use_cache=False).logits
-        loss, kl, ce = logit_loss(
-            logits[:, :-1].flatten(0, 1),
-            None if target is None else target[:, :-1].flatten(0, 1),
-            ids[:, 1:].flatten(),
-            kl=settings.kl,
-            ce=settings.ce,
-        )
+        settings, target = self.settings, None
+        others: list[Tensor] = []
+        with self.autocast, BlockOutputs(self.student) as own, self._to_head(self.student):
+            output = self.student(input_ids=ids, use_cache=False).logits
+            dtype = compute_dtype(output)
+        if settings.off or settings.kl:
+            target, others = self._ask_teacher(ids)
+        loss, kl, ce = self._from_outputs(output, target, ids, dtype)
         terms = {"kl": kl, "ce": ce}
         if settings.off:
-            distances = off_per_block(own.features, others.features)
+            first = len(own.features) - len(others)
+            distances = off_per_block(own.features[first:], others)
             loss = loss + settings.off * distances.mean()
             distances = distances.detach()
             terms["off"] = distances.mean()
-            terms |= {f"cosine_{i}": 1 - d for i, d in enumerate(distances)}
+            terms |= {f"cosine_{i}": 1 - d for i, d in enumerate(distances, first)}
         return loss, {"loss": loss.detach()} | terms
+
+    def _to_head(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self.whole else HeadInput(model)
+
+    @torch.no_grad()
+    def _ask_teacher(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Its output, and what its blocks put out: of a cached teacher only the last one."""
+        (teacher,) = self._teacher
+        if isinstance(teacher, CachedTeacher):
+            with self.autocast, self._to_head(teacher.model):
+                last = teacher.recall(ids)
+                return teacher.model(input_ids=ids, use_cache=False).logits, [last]
+        with self.autocast, BlockOutputs(teacher) as others, self._to_head(teacher):
+            return teacher(input_ids=ids, use_cache=False).logits, others.features
+
+    def _from_outputs(
+        self, output: Tensor, target: Tensor | None, ids: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`head_loss` of inputs of the heads, or `logit_loss` of logits."""
+        own = output[:, :-1].flatten(0, 1)
+        other = None if target is None else target[:, :-1].flatten(0, 1)
+        labels, weights = ids[:, 1:].flatten(), {"kl": self.settings.kl, "ce": self.settings.ce}
+        if self.whole:
+            return logit_loss(own, other, labels, **weights)
+        (teacher,) = self._teacher
+        model = teacher.model if isinstance(teacher, CachedTeacher) else teacher
+        head = None if target is None else head_of(model)
+        return head_loss(own, head_of(self.student), other, head, labels, **weights, dtype=dtype)

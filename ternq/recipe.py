@@ -72,6 +72,7 @@ class Training:
     start: Start = option("closed-form", "First codes: by threshold, or with errors compensated.")
     calibration: int = option(32, "Blocks of text for the compensated start.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    cache_teacher: bool = option(False, "Run the teacher once, and keep its output on disk.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
     train: Train = option("all", "What learns: all, scales and shifts only, or an adapter too.")
     rank: int = option(32, "Rank of the adapter of --train low-rank.")
@@ -100,6 +101,17 @@ class Training:
             raise RecipeError("--sequence-length is 1; predicting needs at least 2 tokens.")
         if self.off == self.kl == self.ce == 0:
             raise RecipeError("--off, --kl and --ce are all 0.", "Nothing would be learned.")
+        if self.cache_teacher and self.retreats:
+            raise RecipeError(
+                "--retreats reads on in the text, of which --cache-teacher keeps no more than "
+                "the steps need.",
+                "Leave one of them out.",
+            )
+        if self.cache_teacher and self.off == self.kl == 0:
+            raise RecipeError(
+                "--cache-teacher with --off 0 and --kl 0: nothing needs a teacher.",
+                "Leave --cache-teacher out.",
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise RecipeError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide "

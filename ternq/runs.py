@@ -2,8 +2,8 @@
 
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
 ``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``logs/`` the trackers', ``self.json`` is
-text that the teacher wrote, ``start.safetensors`` is a start that took calibration. A lock in it
-dies with the process.
+text that the teacher wrote, ``start.safetensors`` is a start that took calibration, ``teacher/``
+what the teacher put out. A lock in it dies with the process.
 Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
@@ -34,6 +34,7 @@ from ternq.trackers import LOGS
 
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
+TEACHER_FOLDER = "teacher"  # what its last block put out (`ternq.teacher`)
 START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
 FORMAT = "ternq_run"
 FORMAT_VERSION = 1
@@ -238,7 +239,7 @@ def remove(out: Path, *, keep_own_text: bool = False) -> None:
     if (out / hf.RUN_FILE).is_file():
         with checkpoint.writing(out):
             (out / hf.RUN_FILE).replace(out / _REMOVED)
-    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS):
+    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS, out / TEACHER_FOLDER):
         if folder.is_dir():
             shutil.rmtree(folder)
     names = {hf.STUDENT_FILE, REPORT, METRICS, START_FILE}

@@ -91,6 +91,14 @@ def ternarize(
         )
         if not processes.is_main():
             return trained
+        if recipe.training.cache_teacher:  # its decoder was dropped, and is compared once more
+            prepared.teacher = hf.load(
+                prepared.teacher.source,
+                dtype=torch.float32,
+                device=device,
+                offline=offline,
+                trust_remote_code=trust_remote_code,
+            )
         progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
         def measure(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from ternq import processes, snapshots, stop, trackers
 from ternq.errors import DivergenceError, InterruptedByUser, StoppedError, TernqError
 from ternq.files import writing
 from ternq.frozen import arrange
-from ternq.linear import decoder_blocks
+from ternq.linear import decoder_blocks, rounded_once
 from ternq.objective import Objective
 from ternq.optimize import optimizer, set_rate, take_step
 from ternq.progress import Event, Progress
 from ternq.recipe import Training
+from ternq.teacher import CachedTeacher
 from ternq.watch import Watch
 
 TIME_LIMIT = "time limit"
@@ -80,6 +82,14 @@ class Trainer:
                 self.wrapped, self.optimizer = self.accelerator.prepare(
                     self.objective, self.optimizer, device_placement=[True, False]
                 )
+        if self.objective.whole:
+            said = f"Logits are held whole, which takes more memory: {self.objective.whole}."
+            self.progress(Event("plan", said))
+
+    def learn_from(self, teacher: CachedTeacher) -> None:
+        """Train on the text of a cached teacher, beside it."""
+        self.teacher, self.blocks = teacher, teacher.cache.blocks()
+        self.objective.learn_from(teacher)
 
     def _accelerator(self) -> Any:
         """What is computed is the recipe's to say: settings of `accelerate config` are not asked.
@@ -211,14 +221,20 @@ class Trainer:
     def accumulate(self, batch: Tensor) -> dict[str, float]:
         """Gradients of the mean loss over a batch ``[blocks, tokens]``, in micro batches."""
         parts = torch.split(batch, self.settings.micro_batch_size or self.settings.batch_size)
+        # Several processes add up gradients as they are made; recomputing is asked for to save
+        # memory, which rounded weights that are kept would take.
+        single = self.alone or processes.count() == 1
+        once = single and len(parts) > 1 and not self.settings.gradient_checkpointing
         sums: dict[str, float] = {}
-        for part in parts:
-            # of DDP: processes add their gradients up once a step
-            self.wrapped.require_backward_grad_sync = part is parts[-1]
-            loss, terms = self.wrapped(part.to(self.device))
-            (loss * (len(part) / len(batch))).backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(part) / len(batch)
+        with rounded_once(self.student) if once else nullcontext():
+            for part in parts:
+                # of DDP: processes add their gradients up once a step
+                self.wrapped.require_backward_grad_sync = part is parts[-1]
+                loss, terms = self.wrapped(part.to(self.device))
+                (loss * (len(part) / len(batch))).backward()
+                values = torch.stack([t.float() for t in terms.values()]).tolist()  # one transfer
+                for name, value in zip(terms, values, strict=True):
+                    sums[name] = sums.get(name, 0.0) + value * len(part) / len(batch)
         return sums
 
     def clip(self) -> float:

@@ -64,9 +64,9 @@ def test_what_does_not_learn_is_held_once() -> None:
 
 def test_more_blocks_are_as_those_that_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "EXACT", 99)
-    exact = footprint(of("llama", 12), SCHEME, SETTINGS, "cpu")
-    monkeypatch.setattr(counting, "EXACT", 6)
-    found = footprint(of("llama", 12), SCHEME, SETTINGS, "cpu")
+    exact = footprint(of("llama", 20), SCHEME, SETTINGS, "cpu")
+    monkeypatch.setattr(counting, "EXACT", 12)
+    found = footprint(of("llama", 20), SCHEME, SETTINGS, "cpu")
     for name, value in vars(exact).items():
         if name == "rough":
             assert value is None

@@ -64,7 +64,7 @@ def collapse(made: Trainer) -> str:
 
 
 def test_a_layer_whose_codes_become_one_is_named(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
+    made = trainer(tmp_path, lr=0.0)
     name = collapse(made)
     with pytest.raises(DivergenceError, match="the codes of " + name.replace(".", r"\.")) as caught:
         made.run()
@@ -155,6 +155,11 @@ def test_the_newest_good_checkpoint_is_kept_beside_the_newest(tmp_path: Path) ->
     made.step, made.watch.course.above = 5, 0
     made.save()
     assert [p.name for p in snapshots.checkpoints(tmp_path)] == ["step-00000005"]
+
+
+def test_a_cached_teacher_has_no_more_text_for_a_retreat() -> None:
+    with pytest.raises(RecipeError, match="--retreats"):
+        Training(retreats=1, cache_teacher=True)
 
 
 def test_a_negative_number_of_retreats_is_refused() -> None:

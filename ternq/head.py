@@ -1,0 +1,68 @@
+"""The output head of a model: its input instead of its logits, where one can be had for the other.
+
+The logits of a large vocabulary are the largest tensor of a training step. `ternq.losses.head_loss`
+makes them chunk by chunk from what goes into the head; here is how a model gives that.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from ternq.losses import Head
+
+_PROBED = 4  # tokens
+
+
+class HeadInput:
+    """While open, the ``logits`` that a model returns are the input ``[..., hidden]`` of its head.
+
+    The head's ``forward`` is replaced on the instance, so that hooks, names and parameters stay.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._head: nn.Module = model.get_output_embeddings()
+
+    def __enter__(self) -> None:
+        vars(self._head)["forward"] = lambda input: input
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        vars(self._head).pop("forward", None)
+
+
+def head_of(model: Any) -> Head:
+    """The output head as it stands, in numbers."""
+    head = model.get_output_embeddings()
+    return Head(head.weight, getattr(head, "bias", None))
+
+
+@torch.no_grad()
+def why_whole(model: Any) -> str | None:
+    """Why the logits of a model must be had whole, in words; None if its head is all there is.
+
+    Looked at on a few tokens: some models scale logits or bound them after the head.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"the output head is a {type(head).__name__}"
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    try:
+        ids = torch.arange(_PROBED, device=head.weight.device).unsqueeze(0) % len(head.weight)
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if len(seen) != 1 or seen[0][0].shape[:2] != ids.shape:
+        return "the output head is not called once for all tokens"
+    # Without numbers (a plan's model has none) a model whose head gives the logits is trusted.
+    without = logits.is_meta or isinstance(logits, FakeTensor)
+    if not without and not torch.equal(seen[0][1], logits):
+        return "the model changes logits after the head"
+    return None
