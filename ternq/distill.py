@@ -295,7 +295,7 @@ def train_run(
     """
     began = time.monotonic()
     recipe, student = prepared.recipe, prepared.student
-    if recipe.training.start == "compensated" and prepared.dense:
+    if recipe.training.start != "closed-form" and prepared.dense:
         _compensate(prepared, out, record, progress)
     trainer = Trainer(
         student=student.model,
@@ -360,6 +360,8 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
         torch.stack(taken),
         rows=settings.micro_batch_size or settings.batch_size,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
+        reconstruction=settings if settings.start == "reconstructed" else None,
+        seed=prepared.recipe.seed,
         progress=progress,
     )
     for said in record["start"]:

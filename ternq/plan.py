@@ -56,7 +56,7 @@ def plan(
     everything = sum(p.numel() for p in student.parameters())
     weights = weights_summary(student, stored_dtype(prepared.student.dtype))
     disk = weights["bytes"] + 2 * 4 * (everything + 2 * trained)  # two checkpoints at once
-    disk += 4 * everything if settings.start == "compensated" else 0
+    disk += 4 * everything if settings.start != "closed-form" else 0
     free = checkpoint.free_disk(out)
     fits = memory.fits and disk <= free
     return {
