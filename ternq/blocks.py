@@ -142,5 +142,7 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _unwalkable(model: Any, reason: str) -> InputError:
-    said = f"The blocks of {type(model).__name__} are {reason}, as walking them one by one needs it."
+    said = (
+        f"The blocks of {type(model).__name__} are {reason}, as walking them one by one needs it."
+    )
     return InputError(said, "Use --start closed-form, end to end.")

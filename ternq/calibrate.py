@@ -52,7 +52,9 @@ class Started:
             f"{ids.shape[1]} tokens; a layer's output loses {mean:.1%} of its energy on average."
         ]
         if self.distances:
-            before, after = (sum(d) / len(self.distances) for d in zip(*self.distances, strict=True))
+            before, after = (
+                sum(d) / len(self.distances) for d in zip(*self.distances, strict=True)
+            )
             said.append(
                 f"Start: {len(self.distances)} blocks reconstructed; their mean distance to the "
                 f"dense ones went from {before:.4f} to {after:.4f}."
@@ -175,7 +177,7 @@ def _own_weights(model: nn.Module) -> dict[str, TernaryLinear]:
 
 
 def use_latent(layers: dict[str, TernaryLinear]) -> None:
-    """Have layers use their latent weights as they are: at the closed-form start, the dense ones."""
+    """Have layers use latent weights as they are: at the closed-form start, the dense ones."""
     for layer in layers.values():
         use(layer, layer.weight)
 

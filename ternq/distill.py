@@ -7,6 +7,7 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 import copy
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +32,7 @@ from ternq.linear import (
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme, Training
+from ternq.reconstruct import rows_at_once
 from ternq.runs import REPORT
 from ternq.snapshots import checkpoints
 from ternq.train import Trainer, has_bf16
@@ -104,15 +106,18 @@ def begin(
     resume: bool | None = None,
     overwrite: bool = False,
     progress: Progress = ignore,
+    preparing: Callable[..., Any] | None = None,
     **options: Any,
-) -> tuple[Prepared, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Check and load everything; open the run folder ``out``, or find it to be of this recipe.
 
-    ``options`` are those of `prepare_run`. Returns what the loop needs and the run's record.
+    ``options`` are those of `prepare_run`, or of ``preparing`` in its place. Returns what that
+    gives, and the run's record.
     """
     runs.refuse_input(out, [model, options.get("teacher")])
     record = runs.existing(out, resume, overwrite)
-    prepared = prepare_run(model, recipe, cache=out, record=record, progress=progress, **options)
+    preparing = preparing or prepare_run
+    prepared = preparing(model, recipe, cache=out, record=record, progress=progress, **options)
     if record is not None:
         found = runs.differences(record, prepared.recipe, prepared.corpus.held_out)
         finished = (out / REPORT).is_file()
@@ -355,12 +360,13 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     taken = list(islice(corpus.blocks, settings.calibration))
     corpus.blocks = chain(taken, corpus.blocks)
     device = next(model.parameters()).device
+    reconstructed = settings.start == "reconstructed"
     record["start"] = compensated_start(
         model,
         torch.stack(taken),
-        rows=settings.micro_batch_size or settings.batch_size,
+        rows=rows_at_once(settings, reconstructed),
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
-        reconstruction=settings if settings.start == "reconstructed" else None,
+        reconstruction=settings if reconstructed else None,
         seed=prepared.recipe.seed,
         progress=progress,
     )
@@ -385,6 +391,11 @@ def perplexity(
     measured = token_perplexity(
         loaded.model, prepared.corpus.held_out, length, progress=progress, stage=f"evaluate {who}"
     )
+    return described(prepared, measured)
+
+
+def described(prepared: Prepared, measured: dict[str, Any]) -> dict[str, Any]:
+    """What `token_perplexity` found on the held-out text, as the contract writes it."""
     return {
         "perplexity": measured["token_perplexity"],
         "metric": "token_perplexity",

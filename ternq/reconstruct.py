@@ -55,6 +55,7 @@ def reconstruct(
     learned = optimizer(block, settings)
     parameters = [p for group in learned.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
     steps = settings.reconstruction_epochs * len(calls)
     with torch.enable_grad():
         for step in range(steps):
@@ -64,7 +65,8 @@ def reconstruct(
             at = order[step % len(calls)]
             with autocast:
                 output = calls[at].run(block)
-            distance(output, targets[at]).backward()
+            loss: Any = distance(output, targets[at])
+            loss.backward()
             if settings.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             set_rate(learned, step, steps, settings)
@@ -90,3 +92,10 @@ def mean_distance(
     with autocast:
         found = [distance(c.run(block), t) for c, t in zip(calls, targets, strict=True)]
     return float(torch.stack(found).mean())
+
+
+def rows_at_once(settings: Training, reconstructing: bool) -> int:
+    """Blocks of text that pass through a block at once: one where they are steps of training."""
+    if reconstructing and settings.reconstruction_epochs:
+        return 1
+    return settings.micro_batch_size or settings.batch_size

@@ -23,6 +23,7 @@ from ternq.snapshots import CHECKPOINTS, METRICS
 
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
+BLOCKS = "blocks"  # finished blocks of a run that goes block by block
 START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
 FORMAT = "ternq_run"
 _BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER}  # all there is if a start was cut off
@@ -95,7 +96,7 @@ def differences(record: dict[str, Any], recipe: Recipe, held_out: Tensor) -> lis
 
 def remove(out: Path, *, keep_own_text: bool = False) -> None:
     """Remove what a run wrote, and nothing else."""
-    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER):
+    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / BLOCKS):
         if folder.is_dir():
             shutil.rmtree(folder)
     names = {hf.RUN_FILE, hf.STUDENT_FILE, REPORT, METRICS, START_FILE}

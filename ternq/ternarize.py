@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ternq import checkpoint, distill, hf, runs
+from ternq import checkpoint, distill, hf, runs, streamed
 from ternq.errors import RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
@@ -68,10 +68,13 @@ def ternarize(
     jobs = load_jobs(tasks, data_dir, offline) if tasks else []
     runs.refuse_input(out, [model])
     checkpoint.check_output(out, overwrite or half)
+    by_blocks = recipe.training.block_by_block
+    how: Any = streamed if by_blocks else distill
     prepared, record = distill.begin(
         model,
         run,
         recipe,
+        preparing=how.prepare_run,
         resume=resume,
         overwrite=overwrite,
         device=device,
@@ -79,21 +82,31 @@ def ternarize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    trained = distill.train_run(prepared, run, record, time_limit=time_limit, progress=progress)
+    trained = how.train_run(prepared, run, record, time_limit=time_limit, progress=progress)
     progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
     def measure(folder: Path) -> dict[str, Any]:
-        packed = hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
-        student = distill.perplexity(prepared, packed, progress, "packed student")
-        results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
-        for name, loaded in ((model, prepared.teacher), (str(out), packed)) if jobs else ():
-            loaded = replace(loaded, name=name)
-            found = evaluate([loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress)
-            results[name] |= found["results"][name]
+        packed = _reloaded(folder, device, by_blocks)
+        student: Any = trained.get("student")  # where the file cannot be loaded, as it was made
+        if packed is not None:
+            student = distill.perplexity(prepared, packed, progress, "packed student")
+        results = {model: _held_out(trained["teacher"]), str(out): _held_out(student or {})}
+        pairs = (
+            [(str(out), packed)] if by_blocks else [(model, prepared.teacher), (str(out), packed)]
+        )
+        for name, loaded in pairs if jobs else ():
+            if loaded is not None:
+                loaded = replace(loaded, name=name)
+                found = evaluate(
+                    [loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress
+                )
+                results[name] |= found["results"][name]
         return {"student": student, "results": results}
 
     packed = pack(
-        replace(prepared.student, kind="run", path=run),
+        streamed.source(prepared, run)
+        if by_blocks
+        else replace(prepared.student, kind="run", path=run),
         out,
         embeddings=embeddings,
         overwrite=overwrite or half,
@@ -103,15 +116,32 @@ def ternarize(
         measure=measure,
     )
     notes = {"notes": [*trained["notes"], *packed["notes"]]}
-    reloaded = hf.load(str(out), dtype=torch.float32, device=device)
     report = trained | packed | notes | ({"made": made} if made else {})
-    report |= {"samples": samples(model, prepared.teacher, reloaded)}
-    report |= {"layers": {str(out): layer_diagnostics(reloaded.model, prepared.teacher.model)}}
+    report |= _looked_at(model, prepared, run, out, device)
     checkpoint.write_json(run / REPORT, report)
     keep_reports(run, out)
     write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
     runs.remove(run)
     return report
+
+
+def _reloaded(folder: Path, device: str, by_blocks: bool) -> hf.Loaded | None:
+    """The packed model; None if the model did not fit into memory and this does not either."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if by_blocks and not streamed.fits(size, device):
+        return None
+    return hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
+
+
+def _looked_at(model: str, prepared: Any, run: Path, out: Path, device: str) -> dict[str, Any]:
+    """What is shown of the finished model: text that both write, and each layer's error."""
+    if isinstance(prepared, streamed.Streamed):
+        layers = streamed.layer_diagnostics(prepared, streamed.source(prepared, run))
+        return {"layers": {str(out): layers}}
+    reloaded = hf.load(str(out), dtype=torch.float32, device=device)
+    layers = layer_diagnostics(reloaded.model, prepared.teacher.model)
+    texts = samples(model, prepared.teacher, reloaded)
+    return {"samples": texts, "layers": {str(out): layers}}
 
 
 def _held_out(measured: dict[str, Any]) -> dict[str, Any]:
