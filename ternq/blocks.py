@@ -85,15 +85,17 @@ class Passing:
 
     def __init__(self, blocks: nn.ModuleList, first: Callable[..., Any]) -> None:
         self.result: Tensor | None = None
-        self._blocks, self._first, self._like = blocks, first, None
+        self._blocks = blocks
+        self._like: Any = None
+        self._first: Callable[..., Any] | None = first
 
     def __enter__(self) -> "Passing":
         last = len(self._blocks) - 1
         for index, block in enumerate(self._blocks):
 
             def hand_on(*args: Any, index: int = index, **kwargs: Any) -> Any:
-                if self._like is None:
-                    self._like = self._first(*args, **kwargs)
+                if self._first is not None:
+                    self._like, self._first = self._first(*args, **kwargs), None  # let go of it
                 hidden = Call(args, kwargs).hidden
                 given = hidden if self.result is None or index < last else self.result
                 like = self._like

@@ -51,13 +51,17 @@ class Started:
             f"Start: {count} layers rounded with their errors compensated, on {len(ids)} blocks of "
             f"{ids.shape[1]} tokens; a layer's output loses {mean:.1%} of its energy on average."
         ]
-        if self.distances:
-            before, after = (
-                sum(d) / len(self.distances) for d in zip(*self.distances, strict=True)
-            )
+        nearer = [pair for pair in self.distances if pair[1] < pair[0]]
+        if nearer:
+            before, after = (sum(side) / len(nearer) for side in zip(*nearer, strict=True))
             said.append(
-                f"Start: {len(self.distances)} blocks reconstructed; their mean distance to the "
-                f"dense ones went from {before:.4f} to {after:.4f}."
+                f"Start: {len(nearer)} blocks reconstructed; their mean distance to the dense ones "
+                f"went from {before:.4f} to {after:.4f}."
+            )
+        if kept := len(self.distances) - len(nearer):
+            said.append(
+                f"Start: {kept} of {len(self.distances)} blocks came no nearer to the dense ones, "
+                "and stay as they were rounded; a lower --reconstruction-lr may help."
             )
         if self.dead:
             said.append(f"{self.dead} input channels of layers were 0 in all of the calibration.")

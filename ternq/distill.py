@@ -74,6 +74,11 @@ def distill(
         RecipeError: ``out`` holds something else, or a run of another recipe.
         StoppedError, InterruptedByUser, DivergenceError: see `ternq.train.Trainer.run`.
     """
+    if recipe.training.block_by_block:
+        raise RecipeError(
+            "--block-by-block leaves no student that could be trained on.",
+            "ternq ternarize makes the packed model so.",
+        )
     prepared, record = begin(
         model,
         out,

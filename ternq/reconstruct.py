@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ternq.blocks import Call
-from ternq.errors import DivergenceError
 from ternq.losses import off
 from ternq.optimize import optimizer, set_rate
 from ternq.recipe import Training
@@ -32,6 +31,7 @@ def distance(output: Tensor, target: Tensor) -> Tensor:
     return off(output, target) + lost
 
 
+@torch.no_grad()
 def reconstruct(
     block: nn.Module,
     calls: list[Call],
@@ -45,16 +45,14 @@ def reconstruct(
     """Train a block on ``calls`` towards ``targets``, a step a call; distances before and after.
 
     ``settings`` has epochs and rate; ``check`` is called before every epoch and may stop the work
-    by raising.
-
-    Raises:
-        DivergenceError: the distance is not finite.
+    by raising. A block that did not come nearer is put back to where it began.
     """
     before = mean_distance(block, calls, targets, autocast)
     settings = replace(settings, lr=settings.reconstruction_lr, scale_lr=None)
     learned = optimizer(block, settings)
     parameters = [p for group in learned.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(seed)
+    began = [p.detach().clone() for p in parameters]
     order: list[int] = []
     steps = settings.reconstruction_epochs * len(calls)
     with torch.enable_grad():
@@ -73,11 +71,9 @@ def reconstruct(
             learned.step()
             learned.zero_grad()
     after = mean_distance(block, calls, targets, autocast)
-    if not after < float("inf"):
-        raise DivergenceError(
-            f"A block's distance to the dense one is {after} after its reconstruction.",
-            "Lower --reconstruction-lr.",
-        )
+    if not after < before:
+        for parameter, value in zip(parameters, began, strict=True):
+            parameter.copy_(value)
     return before, after
 
 

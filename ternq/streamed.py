@@ -36,6 +36,7 @@ from ternq.ternary import TernaryWeight
 from ternq.train import TIME_LIMIT, has_bf16
 from ternq.walk import Walk
 
+_END_TO_END = 25  # bytes a parameter: two models in float32; gradient, two moments, codes
 WHO = ("teacher", "untrained", "student")
 
 
@@ -191,9 +192,9 @@ def layer_diagnostics(prepared: Streamed, made: Source) -> list[dict[str, Any]]:
 def needed(skeleton: Any, training: Training) -> int:
     """Bytes that going block by block takes at its peak, from shapes alone.
 
-    Latent weights, their gradients, two moments and the rounded weights of the largest block; or
-    the Hessian of the widest layer beside its factors in float64; and the activations of the text,
-    and a part of the largest table.
+    Latent weights, their gradients, two moments, the rounded weights and the start of the largest
+    block; or the Hessian of the widest layer beside its factors in float64; and the activations of
+    the text, and a part of the largest table. The program itself takes about 0.6 GB more.
     """
     config = skeleton.config.get_text_config()
     blocks = nn.ModuleList(decoder_blocks(skeleton)[1])
@@ -201,14 +202,30 @@ def needed(skeleton: Any, training: Training) -> int:
     linears = [features(m) for m in blocks.modules() if isinstance(m, nn.Linear)]
     widest = max((columns for columns, _ in linears), default=config.hidden_size)
     largest = max((columns * rows for columns, rows in linears), default=0)
-    rounding = 2 * 4 * block + (4 + 5 * 8) * widest**2 + 5 * 4 * largest
-    reconstruction = (4 + 4 + 2 * 4 + 4) * block + 6 * 4 * largest
+    rounding = 2 * 4 * block + (4 + 4 * 8) * widest**2 + 5 * 4 * largest
+    reconstruction = (4 + 4 + 2 * 4 + 4 + 4) * block + 6 * 4 * largest
     tokens = training.calibration * training.sequence_length
     activations = (2 * 2 + 3) * 4 * tokens * config.hidden_size  # in and out, of both; held out
     inside = training.sequence_length * 4 * (16 * config.hidden_size + 8 * widest)
     table = 4 * (8192 * config.hidden_size + 2 * 512 * config.vocab_size)
     work = max(rounding, reconstruction) if training.reconstruction_epochs else rounding
     return int(work + activations + inside + table)
+
+
+def needs_blocks(model: str, run: Path, device: str) -> bool:
+    """Whether training end to end has no room for a folder of safetensors, by its headers alone.
+
+    A run that was begun goes on as it began.
+    """
+    if (run / hf.RUN_FILE).is_file():
+        return bool(hf.read_run(run)["recipe"].get("training", {}).get("block_by_block"))
+    path = hf.local_path(model)
+    dense = path is not None and (path / "config.json").is_file()
+    if path is None or not dense or (path / checkpoint.MANIFEST).is_file():
+        return False
+    shapes = checkpoint.TensorFolder(path).shapes.values()
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    return _END_TO_END * parameters > free_memory(torch.device(device))
 
 
 def fits(loaded_bytes: int, device: str) -> bool:
@@ -363,7 +380,7 @@ def _weight(stored: dict[str, Tensor], name: str, columns: int, group_size: int)
 
 def _say(record: dict[str, Any], index: int, total: int, progress: Progress) -> None:
     distances = record["blocks"][index]["distances"]
-    values = {"distance": distances[0][1]} if distances else {}
+    values = {"distance": min(distances[0])} if distances else {}
     progress(Event("reconstruct", done=index + 1, total=total, values=values))
 
 
@@ -372,6 +389,7 @@ def _report(
 ) -> dict[str, Any]:
     settings, recipe = prepared.settings, prepared.recipe
     pairs = [pair for block in record["blocks"] for pair in block["distances"]]
+    pairs = [(before, min(before, after)) for before, after in pairs]  # else it was put back
     lines = [{"step": i, "loss": after} for i, (_, after) in enumerate(pairs, 1)]
     (out / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)] if pairs else [None, None]

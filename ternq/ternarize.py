@@ -69,6 +69,8 @@ def ternarize(
     runs.refuse_input(out, [model])
     checkpoint.check_output(out, overwrite or half)
     by_blocks = recipe.training.block_by_block
+    by_blocks = by_blocks or (not overwrite and streamed.needs_blocks(model, run, device))
+    recipe = replace(recipe, training=replace(recipe.training, block_by_block=by_blocks))
     how: Any = streamed if by_blocks else distill
     prepared, record = distill.begin(
         model,
@@ -116,7 +118,7 @@ def ternarize(
         measure=measure,
     )
     notes = {"notes": [*trained["notes"], *packed["notes"]]}
-    report = trained | packed | notes | ({"made": made} if made else {})
+    report: dict[str, Any] = trained | packed | notes | ({"made": made} if made else {})
     report |= _looked_at(model, prepared, run, out, device)
     checkpoint.write_json(run / REPORT, report)
     keep_reports(run, out)

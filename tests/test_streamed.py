@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ternq import calibrate, checkpoint, corpus, hf, runs, stop, streamed
+from ternq import calibrate, checkpoint, corpus, distill, hf, runs, stop, streamed
 from ternq.calibrate import compensated_start
-from ternq.errors import DivergenceError, InputError, RecipeError, StoppedError
+from ternq.errors import InputError, RecipeError, StoppedError
 from ternq.linear import decoder_blocks, prepare, ternary_layers
 from ternq.perplexity import block_losses
 from ternq.recipe import Recipe, Scheme, Training
@@ -130,7 +130,7 @@ def test_a_block_comes_nearer_and_what_is_skipped_stays() -> None:
     kept = block.self_attn.o_proj.weight.clone()
     settings = Training(reconstruction_epochs=4)
     before, after = reconstruct(block, calls, targets, settings, seed=0, autocast=nullcontext())
-    assert after < 0.7 * before
+    assert after < 0.8 * before
     assert mean_distance(block, calls, targets, nullcontext()) == after
     assert torch.equal(block.self_attn.o_proj.weight, kept)
 
@@ -143,15 +143,18 @@ def calibrate_targets(model: Any) -> Any:
     return calls, calibrate.run(blocks[0], calls, nullcontext())
 
 
-def test_a_block_that_diverges_is_said() -> None:
+@pytest.mark.parametrize("rate", [1.0, 1e30])
+def test_a_block_that_comes_no_nearer_stays_as_it_was(rate: float) -> None:
     model = checkpoints.model("llama")
-    calls, targets = calibrate_targets(model)
     prepare(model, Scheme(group_size=16))
-    settings = Training(reconstruction_epochs=1, reconstruction_lr=1e30)
-    with pytest.raises(DivergenceError, match="--reconstruction-lr"):
-        reconstruct(
-            decoder_blocks(model)[1][0], calls, targets, settings, seed=0, autocast=nullcontext()
-        )
+    plain = checkpoints.model("llama")
+    prepare(plain, Scheme(group_size=16))
+    settings = Training(reconstruction_epochs=0)
+    compensated_start(plain, ids(8), rows=1, reconstruction=settings)
+    settings = Training(reconstruction_epochs=1, reconstruction_lr=rate)
+    said = compensated_start(model, ids(8), rows=1, reconstruction=settings)
+    assert any("2 of 2 blocks came no nearer" in s for s in said)
+    assert hf.fingerprint(model) == hf.fingerprint(plain)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -251,7 +254,7 @@ def test_one_block_is_in_memory_at_once(
     assert max(most) == 1
 
 
-@pytest.mark.parametrize("stops", [2, 5, 9, 14, 25])
+@pytest.mark.parametrize("stops", [5, 14, 19])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     stops: int, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +290,8 @@ def test_what_needs_the_whole_model_is_refused(source: Path, text: Path, tmp_pat
     own = replace(recipe, training=replace(recipe.training, data=("self",)))
     with pytest.raises(RecipeError, match="cannot write its own text"):
         ternarize(str(source), tmp_path / "out", own, offline=True)
+    with pytest.raises(RecipeError, match="no student"):
+        distill.distill(str(source), tmp_path / "out", recipe, offline=True)
     made = tmp_path / "made"
     ternarize(str(source), made, recipe, offline=True)
     with pytest.raises(InputError, match="ternary already"):
@@ -306,3 +311,20 @@ def test_what_it_needs_does_not_grow_with_the_blocks() -> None:
     assert len(set(needed)) == 1
     assert streamed.needed(model, Training(calibration=64)) > needed[0]
     assert ternary_layers(model) == {}
+
+
+def test_it_is_chosen_where_nothing_else_fits(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = by_blocks(source, text, block_by_block=False)
+    out = tmp_path / "out"
+    assert not streamed.needs_blocks(str(source), out, "cpu")
+    assert not streamed.needs_blocks("demo", out, "cpu")
+    with monkeypatch.context() as small:
+        small.setattr(streamed, "free_memory", lambda device: 10_000)
+        with pytest.raises(StoppedError):
+            ternarize(str(source), out, recipe, offline=True, time_limit=0)
+    found = ternarize(str(source), out, recipe, offline=True)  # as it began, whatever fits now
+    assert found["recipe"]["training"]["block_by_block"]
+    assert any(note.startswith("Strategy: block by block") for note in found["notes"])
+    assert ternarize(str(source), out, recipe, offline=True)["files"] == found["files"]
