@@ -40,7 +40,7 @@ def ids(blocks: int = 4) -> Tensor:
 # --- the walk -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_walk_computes_what_the_loaded_model_does(
     kind: str, dtype: torch.dtype, tmp_path: Path
@@ -186,7 +186,18 @@ def by_blocks(source: Path, text: Path, **settings: Any) -> Recipe:
     return checkpoints.recipe(source, text, **usual | settings)
 
 
-@pytest.mark.parametrize(("kind", "epochs"), [("llama", 2), ("llama", 0), ("gpt2", 2), ("opt", 2)])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "epochs"),
+    [
+        ("llama", 2),
+        ("gpt2", 2),
+        pytest.param("llama", 0, marks=slow),
+        pytest.param("opt", 2, marks=slow),
+    ],
+)
 def test_it_makes_what_is_made_in_memory(
     kind: str, epochs: int, text: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +265,7 @@ def test_one_block_is_in_memory_at_once(
     assert max(most) == 1
 
 
-@pytest.mark.parametrize("stops", [5, 14, 19])
+@pytest.mark.parametrize("stops", [pytest.param(5, marks=slow), 14, pytest.param(19, marks=slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     stops: int, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
