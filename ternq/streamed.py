@@ -212,12 +212,12 @@ def needed(skeleton: Any, training: Training) -> int:
     return int(work + activations + inside + table)
 
 
-def needs_blocks(model: str, run: Path, device: str) -> bool:
+def needs_blocks(model: str, run: Path | None, device: str) -> bool:
     """Whether training end to end has no room for a folder of safetensors, by its headers alone.
 
     A run that was begun goes on as it began.
     """
-    if (run / hf.RUN_FILE).is_file():
+    if run is not None and (run / hf.RUN_FILE).is_file():
         return bool(hf.read_run(run)["recipe"].get("training", {}).get("block_by_block"))
     path = hf.local_path(model)
     dense = path is not None and (path / "config.json").is_file()

@@ -69,7 +69,7 @@ def ternarize(
     runs.refuse_input(out, [model])
     checkpoint.check_output(out, overwrite or half)
     by_blocks = recipe.training.block_by_block
-    by_blocks = by_blocks or (not overwrite and streamed.needs_blocks(model, run, device))
+    by_blocks = by_blocks or streamed.needs_blocks(model, None if overwrite else run, device)
     recipe = replace(recipe, training=replace(recipe.training, block_by_block=by_blocks))
     how: Any = streamed if by_blocks else distill
     prepared, record = distill.begin(
@@ -90,9 +90,11 @@ def ternarize(
     def measure(folder: Path) -> dict[str, Any]:
         packed = _reloaded(folder, device, by_blocks)
         student: Any = trained.get("student")  # where the file cannot be loaded, as it was made
-        if packed is not None:
+        if packed is None:
+            trained["notes"].append("The packed model does not fit here: it is measured as made.")
+        else:
             student = distill.perplexity(prepared, packed, progress, "packed student")
-        results = {model: _held_out(trained["teacher"]), str(out): _held_out(student or {})}
+        results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
         pairs = (
             [(str(out), packed)] if by_blocks else [(model, prepared.teacher), (str(out), packed)]
         )
@@ -118,6 +120,8 @@ def ternarize(
         measure=measure,
     )
     notes = {"notes": [*trained["notes"], *packed["notes"]]}
+    if by_blocks and jobs:
+        notes["notes"].append(f"{model} itself is too large for the tasks: they are of the result.")
     report: dict[str, Any] = trained | packed | notes | ({"made": made} if made else {})
     report |= _looked_at(model, prepared, run, out, device)
     checkpoint.write_json(run / REPORT, report)

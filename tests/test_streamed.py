@@ -339,3 +339,19 @@ def test_it_is_chosen_where_nothing_else_fits(
     assert found["recipe"]["training"]["block_by_block"]
     assert any(note.startswith("Strategy: block by block") for note in found["notes"])
     assert ternarize(str(source), out, recipe, offline=True)["files"] == found["files"]
+
+
+def test_a_result_that_does_not_fit_either_is_measured_as_it_was_made(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "fits", lambda size, device: False)
+    found = ternarize(str(source), tmp_path / "out", by_blocks(source, text), offline=True)
+    assert any("does not fit here" in note for note in found["notes"])
+    assert found["student"]["perplexity"] != found["untrained"]["perplexity"]
+    packed = hf.load(str(tmp_path / "out"), dtype=torch.float32, offline=True).model
+    held = streamed.prepare_run(str(source), by_blocks(source, text), offline=True).corpus.held_out
+    length = found["student"]["length"]
+    rows = held[: len(held) // length * length].view(-1, length)
+    with torch.no_grad():
+        expected = float(block_losses(packed, rows).mean().exp())
+    assert found["student"]["perplexity"] == pytest.approx(expected, rel=0.02)
