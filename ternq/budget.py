@@ -16,12 +16,14 @@ from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
 from ternq.optimize import take_step
 from ternq.perplexity import free_memory
-from ternq.recipe import Scheme, Training
+from ternq.recipe import Scheme, Train, Training
+from ternq.walk import bytes_needed
 
 HOURS = 2.0  # a default budget ends within this
 MOST_TOKENS = 10_000_000
 EVALUATION_SHARE = 0.2  # of the time goes to perplexities, packing and the report
 PROBE_STEPS, PROBE_SECONDS = 3, 20.0  # at most, after a first step that sets things up
+BY_BLOCKS = "block by block from disk, without training end to end"
 MARGIN = 1.05  # times the count: what allocators lose to gaps
 
 
@@ -61,10 +63,13 @@ def choose(
     settings: Training,
     device: str,
     free: int | None = None,
+    *,
+    by_blocks: bool = False,
 ) -> tuple[Training, Memory, str]:
     """The first strategy that fits ``free`` bytes (None: what the device has): settings and why.
 
-    ``build`` makes the dense model of the configuration, see `ternq.hf.blueprint`.
+    ``build`` makes the dense model of the configuration, see `ternq.hf.blueprint`; ``by_blocks``:
+    going block by block from disk is one strategy.
 
     Raises:
         ResourceError: none fits; the sentence says how much is missing.
@@ -72,39 +77,83 @@ def choose(
     if free is None:
         free = free_memory(torch.device(device))
     least = None
-    for candidate, how in strategies(settings):
-        memory = Memory(footprint(build, scheme, candidate, device), free)
-        if memory.fits:
-            said = f"{how}: needs about {_gb(memory.needed)} of the {_gb(free)} that are free"
-            if memory.counted.rough:
-                said += f" (estimated from shapes: {memory.counted.rough})"
-            return candidate, memory, said
-        least = memory if least is None or memory.needed < least.needed else least
+    for family in families(settings, by_blocks):
+        for candidate, how in family:
+            memory = Memory(_counted(build, scheme, candidate, device), free)
+            if memory.fits:
+                return candidate, memory, _why(how, memory)
+            least = memory if least is None or memory.needed < least.needed else least
+            last, _ = family[-1]
+            if (
+                candidate is not last
+                and not Memory(_counted(build, scheme, last, device), free).fits
+            ):
+                break  # nor does what lies between
     assert least is not None
+    hint = "a shorter --sequence-length" + ("" if by_blocks else ", or ternq ternarize")
     raise ResourceError(
-        f"Training needs about {_gb(least.needed)} of memory, {_gb(least.needed - free)} more "
-        "than is free.",
-        "Take a machine with more memory, or a shorter --sequence-length.",
+        f"This needs about {_gb(least.needed)} of memory, {_gb(least.needed - free)} more than is "
+        "free.",
+        f"Take a machine with more memory, or {hint}.",
     )
 
 
-def strategies(settings: Training) -> Iterator[tuple[Training, str]]:
-    """What is tried, in order: as asked; smaller micro batches; activations recomputed."""
+def families(settings: Training, by_blocks: bool) -> Iterator[list[tuple[Training, str]]]:
+    """What is tried, in order, each family from the fastest to the smallest.
+
+    End to end; where nothing else is asked for, an adapter and then scales alone; block by block.
+    """
+    if settings.block_by_block:
+        yield [(settings, BY_BLOCKS)]
+        return
+    trains: tuple[Train, ...] = ("all", "low-rank", "scales")
+    for train in trains if _changeable(settings) else (settings.train,):
+        yield list(_variants(replace(settings, train=train)))
+    if by_blocks and _changeable(settings):
+        yield [(replace(settings, block_by_block=True), BY_BLOCKS)]
+
+
+def _changeable(settings: Training) -> bool:
+    """Whether what learns may be chosen: these settings go with every choice."""
+    return (settings.train, settings.latent, settings.offload) == ("all", "float32", False)
+
+
+def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
+    """As asked; smaller micro batches; activations recomputed."""
     yield settings, _said(settings)
     size = settings.micro_batch_size or settings.batch_size
     while size > 1 and settings.micro_batch_size is None:
         size = next(s for s in range(size // 2, 0, -1) if settings.batch_size % s == 0)
-        settings = replace(settings, micro_batch_size=size)
-        yield settings, _said(settings)
-        settings = replace(settings, micro_batch_size=None)
+        smaller = replace(settings, micro_batch_size=size)
+        yield smaller, _said(smaller)
     if not settings.gradient_checkpointing:
-        settings = replace(settings, micro_batch_size=size, gradient_checkpointing=True)
-        yield settings, _said(settings)
+        again = replace(settings, micro_batch_size=size, gradient_checkpointing=True)
+        yield again, _said(again)
+
+
+def _counted(
+    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str
+) -> Footprint:
+    if not settings.block_by_block:
+        return footprint(build, scheme, settings, device)
+    with torch.device("meta"):
+        skeleton = build()
+    everything = sum(p.numel() for p in skeleton.parameters())
+    return Footprint(0, 0, bytes_needed(skeleton, settings), everything, 0, 0)
 
 
 def _said(settings: Training) -> str:
-    how = f"end to end, micro batches of {settings.micro_batch_size or settings.batch_size}"
-    return how + (", activations recomputed" if settings.gradient_checkpointing else "")
+    how = {"all": "end to end", "scales": "scales and shifts alone", "low-rank": "an adapter"}
+    said = f"{how[settings.train]}, micro batches of "
+    said += str(settings.micro_batch_size or settings.batch_size)
+    return said + (", activations recomputed" if settings.gradient_checkpointing else "")
+
+
+def _why(how: str, memory: Memory) -> str:
+    said = f"{how}: needs about {_gb(memory.needed)} of the {_gb(memory.free)} that are free"
+    if memory.counted.rough:
+        said += f" (estimated from shapes: {memory.counted.rough})"
+    return said
 
 
 def _gb(size: int) -> str:

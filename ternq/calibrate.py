@@ -1,54 +1,29 @@
 """The error-compensated start of a model: block by block, each on what the ones before it give.
 
-Inputs of the first block, and whatever else the model hands to each of its blocks, are caught by
-hooks in one forward pass, so that no decoder's signature needs to be known. Within a block, layers
-that read the same tensor are rounded together, in the order in which they are called. As in GPTQ's
-published code (see `ternq.compensate`), each layer is rounded for the inputs that the layers
-rounded before it produce. Held at once: the activations between two blocks, the Hessians of layers
-that read one tensor.
+Within a block, layers that read the same tensor are rounded together, in the order in which they
+are called. As in GPTQ's published code (see `ternq.compensate`), each layer is rounded for the
+inputs that the layers rounded before it produce; then the block may be trained as a whole
+(`ternq.reconstruct`). Held at once: the activations between two blocks, the Hessians of layers that
+read one tensor.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ternq.blocks import Call, Passing, calls_of
 from ternq.compensate import DAMPING, Compensated, compensate
 from ternq.errors import InputError
 from ternq.linear import TernaryLinear, decoder_blocks, ternary_layers
 from ternq.progress import Event, Progress, ignore
-
-HIDDEN = "hidden_states"
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a decoder block is called with; its first argument is the activations."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Tensor:
-        """The activations ``[batch, tokens, hidden]``."""
-        found: Tensor = self.args[0] if self.args else self.kwargs[HIDDEN]
-        return found
-
-    def on(self, hidden: Tensor | None) -> "Call":
-        """The same call with other activations."""
-        if self.args:
-            return replace(self, args=(hidden, *self.args[1:]))
-        return replace(self, kwargs=self.kwargs | {HIDDEN: hidden})
-
-    def run(self, block: nn.Module) -> Tensor:
-        """What the block puts out, ``[batch, tokens, hidden]``."""
-        output = block(*self.args, **self.kwargs)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+from ternq.recipe import Training
+from ternq.reconstruct import reconstruct
 
 
 @dataclass
@@ -59,6 +34,7 @@ class Started:
     dead: int = 0
     damped: dict[str, float] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
+    distances: list[tuple[float, float]] = field(default_factory=list)  # of reconstructed blocks
 
     def add(self, name: str, found: Compensated) -> None:
         """Count a layer."""
@@ -75,6 +51,18 @@ class Started:
             f"Start: {count} layers rounded with their errors compensated, on {len(ids)} blocks of "
             f"{ids.shape[1]} tokens; a layer's output loses {mean:.1%} of its energy on average."
         ]
+        nearer = [pair for pair in self.distances if pair[1] < pair[0]]
+        if nearer:
+            before, after = (sum(side) / len(nearer) for side in zip(*nearer, strict=True))
+            said.append(
+                f"Start: {len(nearer)} blocks reconstructed; their mean distance to the dense ones "
+                f"went from {before:.4f} to {after:.4f}."
+            )
+        if kept := len(self.distances) - len(nearer):
+            said.append(
+                f"Start: {kept} of {len(self.distances)} blocks came no nearer to the dense ones, "
+                "and stay as they were rounded; a lower --reconstruction-lr may help."
+            )
         if self.dead:
             said.append(f"{self.dead} input channels of layers were 0 in all of the calibration.")
         for name, damping in self.damped.items():
@@ -91,12 +79,15 @@ def compensated_start(
     *,
     rows: int = 4,
     autocast: AbstractContextManager[Any] | None = None,
+    reconstruction: Training | None = None,
+    seed: int = 0,
     progress: Progress = ignore,
 ) -> list[str]:
     """Give every `TernaryLinear` of a model at its closed-form start the error-compensated one.
 
     ``ids`` ``[blocks, length]`` are the text, ``rows`` blocks at a time. Latent weights, scales and
-    shifts change in place. Returns what was done, in sentences.
+    shifts change in place. With ``reconstruction`` every block is then trained by these settings.
+    Returns what was done, in sentences.
 
     Raises:
         InputError: the blocks are not called one after another, or numbers are not finite.
@@ -106,33 +97,79 @@ def compensated_start(
     model.eval()
     done, layers = Started(), _own_weights(model)
     done.shared = sorted(ternary_layers(model).keys() - layers.keys())
-    for layer in layers.values():
-        _use(layer, layer.weight)
     try:
         prefix, blocks = decoder_blocks(model)
         with autocast:
-            calls = _calls(model, blocks, torch.split(ids, rows))
-        hidden = [call.hidden for call in calls[0]]
+            passing = Passing(blocks, blocks[0].forward)
+            calls = calls_of(model, blocks, passing, torch.split(ids, rows))
+        hidden = dense = [call.hidden for call in calls[0]]
         for index, block in enumerate(blocks):
-            now = [c.on(h) for c, h in zip(calls[index], hidden, strict=True)]
+            now = on(calls[index], hidden)
             within = f"{prefix}.{index}."
             own = {n: m for n, m in layers.items() if n.startswith(within)}
-            for stage in _stages(block, own, now[0], autocast):
-                for name, hessian in _hessians(block, stage, now, autocast).items():
-                    done.add(name, _start(name, layers[name], hessian))
-                    _use(layers[name], layers[name].numbers().dequantized())
-            with autocast:
-                hidden = [call.run(block) for call in now]
+            if reconstruction is not None:
+                use_latent(own)
+                dense = run(block, on(calls[index], dense), autocast)
+            start_block(
+                block, own, now, done, autocast, dense, settings=reconstruction, seed=seed + index
+            )
+            hidden = run(block, now, autocast)
             calls[index] = []
             for layer in own.values():
-                _use(layer, None)
+                use(layer, None)
             shown = {"error": sum(done.errors) / max(1, len(done.errors))}
             progress(Event("calibrate", done=index + 1, total=len(blocks), values=shown))
     finally:
         for layer in layers.values():
-            _use(layer, None)
+            use(layer, None)
         model.train(was_training)
     return done.said(ids)
+
+
+@torch.no_grad()
+def start_block(
+    block: nn.Module,
+    layers: dict[str, TernaryLinear],
+    calls: list[Call],
+    done: Started,
+    autocast: AbstractContextManager[Any],
+    targets: list[Tensor],
+    *,
+    settings: Training | None,
+    seed: int,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Round the layers of one block, whose latent weights are still the dense ones.
+
+    With ``settings`` the block is then trained towards ``targets``. The layers are left to use what
+    they became as it is (`use`); what happened goes into ``done``.
+    """
+    use_latent(layers)
+    for stage in _stages(block, layers, calls[0], autocast):
+        for name, hessian in _hessians(block, stage, calls, autocast).items():
+            done.add(name, _start(name, layers[name], hessian))
+            use(layers[name], layers[name].numbers().dequantized())
+            check()
+    if settings is not None and settings.reconstruction_epochs:
+        for layer in layers.values():
+            use(layer, None)
+        done.distances.append(
+            reconstruct(block, calls, targets, settings, seed=seed, autocast=autocast, check=check)
+        )
+        for layer in layers.values():
+            use(layer, layer.numbers().dequantized())
+
+
+def on(calls: list[Call], hidden: list[Tensor]) -> list[Call]:
+    """Each call with its own activations."""
+    return [call.on(h) for call, h in zip(calls, hidden, strict=True)]
+
+
+@torch.no_grad()
+def run(block: nn.Module, calls: list[Call], autocast: AbstractContextManager[Any]) -> list[Tensor]:
+    """What a block puts out for every call."""
+    with autocast:
+        return [call.run(block) for call in calls]
 
 
 def _own_weights(model: nn.Module) -> dict[str, TernaryLinear]:
@@ -143,41 +180,18 @@ def _own_weights(model: nn.Module) -> dict[str, TernaryLinear]:
     return {n: m for n, m in ternary_layers(model).items() if owners[id(m.weight)] == 1}
 
 
-def _use(layer: TernaryLinear, weight: Tensor | None) -> None:
+def use_latent(layers: dict[str, TernaryLinear]) -> None:
+    """Have layers use latent weights as they are: at the closed-form start, the dense ones."""
+    for layer in layers.values():
+        use(layer, layer.weight)
+
+
+def use(layer: TernaryLinear, weight: Tensor | None) -> None:
     """Have the layer use ``weight`` as it is, not rounded anew in every call; None: as always."""
     vars(layer).pop("forward", None)
     if weight is not None:
         fixed = weight.to(layer.weight.device)
         vars(layer)["forward"] = lambda x: F.linear(x, fixed.to(x.dtype), layer.bias)
-
-
-def _calls(
-    model: nn.Module, blocks: nn.ModuleList, batches: tuple[Tensor, ...]
-) -> list[list[Call]]:
-    """For every block, the call that each batch makes; activations are kept for the first only."""
-    calls: list[list[Call]] = [[] for _ in blocks]
-    with ExitStack() as hooks:
-        for index, block in enumerate(blocks):
-
-            def take(module: Any, args: Any, kwargs: Any, index: int = index) -> None:
-                if not args and HIDDEN not in kwargs:
-                    raise _unwalkable(model, f"not called with {HIDDEN}")
-                call = Call(args, kwargs)
-                calls[index].append(call if index == 0 else call.on(None))
-
-            handle = block.register_forward_pre_hook(take, with_kwargs=True)
-            hooks.callback(handle.remove)
-        device = next(model.parameters()).device
-        for batch in batches:
-            model(input_ids=batch.to(device), use_cache=False)
-    if any(len(made) != len(batches) for made in calls):
-        raise _unwalkable(model, "not called one after another")
-    return calls
-
-
-def _unwalkable(model: nn.Module, reason: str) -> InputError:
-    said = f"The blocks of {type(model).__name__} are {reason}, as --start compensated needs it."
-    return InputError(said, "Use --start closed-form.")
 
 
 def _stages(

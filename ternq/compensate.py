@@ -117,19 +117,21 @@ def inverse_root(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, int
     Returns the factor, the number of such channels, and the damping that was needed, relative to
     the mean diagonal.
     """
-    moments = hessian.double()
-    dead = moments.diagonal() == 0
-    mean = moments.diagonal().sum() / (~dead).sum() if not dead.all() else moments.new_ones(())
-    moments = moments + torch.diag(dead * mean)
-    identity = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    backwards = hessian.double().flip(0, 1)  # large: everything below happens in place
+    diagonal = backwards.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.sum() / (~dead).sum() if not dead.all() else diagonal.new_ones(())
+    plain = diagonal + dead * mean
     while True:
         # H = R R' with R upper triangular, from the factor of H in reverse order; H^-1 is then U'U
         # with U the inverse of R, without H^-1 itself.
-        backwards = (moments + damping * mean * identity).flip(0, 1)
+        diagonal.copy_(plain + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(backwards)
         if not failed:
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            return upper.float(), int(dead.sum()), damping
+            del backwards, diagonal
+            identity = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return upper.float().flip(0, 1), int(dead.sum()), damping
         damping = max(10 * damping, DAMPING)
 
 

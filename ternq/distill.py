@@ -6,6 +6,7 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from ternq.linear import (
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme
+from ternq.reconstruct import rows_at_once
 from ternq.runs import REPORT
 from ternq.student import student_of
 from ternq.teacher import CachedTeacher, TeacherCache, cached_teacher
@@ -47,6 +49,7 @@ class Prepared:
     selection: Selection
     corpus: corpora.Corpus
     notes: list[str]
+    teacher_weights: str  # their fingerprint
     dense: bool = True  # what is trained was; else it was ternary already
 
 
@@ -74,6 +77,11 @@ def distill(
         RecipeError: ``out`` holds something else, or a run of another recipe.
         StoppedError, InterruptedByUser, DivergenceError: see `ternq.train.Trainer.run`.
     """
+    if recipe.training.block_by_block:
+        raise RecipeError(
+            "--block-by-block leaves no student that could be trained on.",
+            "ternq ternarize makes the packed model so.",
+        )
     trackers.check(log_with)
     with runs.locked(out, resume, overwrite, [model, teacher]):
         prepared, record = begin(
@@ -113,21 +121,32 @@ def begin(
     resume: bool | None = None,
     overwrite: bool = False,
     progress: Progress = ignore,
+    by_blocks: Callable[..., Any] | None = None,
     **options: Any,
-) -> tuple[Prepared, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Check and load everything; open the run folder ``out``, or find it to be of this recipe.
 
-    The folder is held by `ternq.runs.locked`. ``options`` are those of `prepare_run`. Returns what
-    the loop needs and the run's record.
+    The folder is held by `ternq.runs.locked`. ``options`` are those of `prepare_run`; ``by_blocks``
+    stands in its place for a model that only fits block by block. Returns what they give, and the
+    run's record.
     """
     processes.refuse_uneven(recipe.training.batch_size)
     processes.join(options.get("device", "cpu"))
     record = processes.from_main(lambda: _found(out, resume, overwrite))
-    prepared = prepare_run(model, recipe, cache=out, record=record, progress=progress, **options)
-    offline = bool(options.get("offline"))
+    access = {k: bool(options.get(k)) for k in ("offline", "trust_remote_code")}
+    built, device = hf.blueprint(model, **access), options.get("device", "cpu")
+    recipe, _, notes = processes.from_main(
+        lambda: fitting(built, recipe, device, record=record, by_blocks=by_blocks is not None)
+    )
+    prepare = prepare_run
+    if by_blocks is not None and recipe.training.block_by_block:
+        prepare = by_blocks
+    prepared = prepare(
+        model, recipe, notes=notes, cache=out, record=record, progress=progress, **options
+    )
 
     def opened() -> dict[str, Any]:
-        _open(prepared, out, record, resume, overwrite, offline, progress)
+        _open(prepared, out, record, resume, overwrite, device, access["offline"], progress)
         return hf.read_run(out)
 
     return prepared, processes.from_main(opened)
@@ -149,13 +168,16 @@ def _open(
     record: dict[str, Any] | None,
     resume: bool | None,
     overwrite: bool,
+    device: str,
     offline: bool,
     progress: Progress,
 ) -> None:
     """Make the run folder ``out``, or go on with what is there if it is of this recipe."""
-    text, device = prepared.corpus, next(prepared.student.model.parameters()).device
+    text = prepared.corpus
     specs = list(text.specs)
-    identity = runs.identity(prepared.recipe, prepared.teacher, text.held_out, specs, device)
+    identity = runs.identity(
+        prepared.recipe, prepared.teacher_weights, text.held_out, specs, torch.device(device)
+    )
     if record is not None:
         found = runs.differences(record, prepared.recipe, identity)
         finished = (out / REPORT).is_file()
@@ -191,11 +213,11 @@ def prepare_run(
     cache: Path | None = None,
     record: dict[str, Any] | None = None,
     open_text: bool = True,
-    fitted: bool = False,
+    notes: Sequence[str] = (),
 ) -> Prepared:
     """Load teacher and student, put the ternary layers in, choose strategy and text.
 
-    ``fitted``: the recipe has been through `fitting` already.
+    The recipe has been through `fitting`, which said ``notes``.
     ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
     memory and network say now.
     """
@@ -207,11 +229,7 @@ def prepare_run(
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
-    notes: list[str] = []
-    if not fitted:
-        built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
-        asked = recipe
-        recipe, _, notes = processes.from_main(lambda: fitting(built, asked, device, record=record))
+    notes = list(notes)
     base = hf.load(model, dtype=torch.float32, progress=progress, **options)
     if "auto_map" in vars(base.model.config):
         raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
@@ -229,6 +247,7 @@ def prepare_run(
     if rule := group_rule(selection, recipe.scheme.group_size):
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
+    taught = recipe.base if big is base else hf.fingerprint(big.model)
     wanted = recipe.training.data
     specs, note = processes.from_main(lambda: corpora.choose(big, wanted, offline))
     if record is not None and not recipe.training.data:
@@ -241,13 +260,13 @@ def prepare_run(
     if not open_text and corpora.has_own_text(specs):
         text = corpora.unwritten(specs)
     else:
-        made = recipe
+        whole = recipe
         text = processes.main_first(
             lambda: corpora.corpus(
-                big, made, specs, offline=offline, progress=progress, cache=cache
+                big, whole, specs, offline=offline, progress=progress, cache=cache
             )
         )
-    return Prepared(recipe, big, student, selection, text, notes, base.kind == "dense")
+    return Prepared(recipe, big, student, selection, text, notes, taught, base.kind == "dense")
 
 
 def fitting(
@@ -256,11 +275,13 @@ def fitting(
     device: str,
     memory: int | None = None,
     record: dict[str, Any] | None = None,
+    by_blocks: bool = False,
 ) -> tuple[Recipe, budget.Memory | None, list[str]]:
     """The recipe with the strategy that fits, and no more positions than the model has.
 
-    Nothing is loaded for it. ``memory`` are bytes, by default what the device has free. Returns the
-    memory counted for it (None where ``record`` has the strategy), and what was chosen in words.
+    Nothing is loaded for it. ``by_blocks``: going block by block is one of them. ``memory`` are
+    bytes, by default what the device has free. Returns the memory counted for it (None where
+    ``record`` has the strategy), and what was chosen in words.
     """
     training, notes = recipe.training, []
     longest = hf.max_length(built)
@@ -270,7 +291,10 @@ def fitting(
     counted = None
     if record is None:
         scheme = built.scheme or recipe.scheme
-        training, counted, why = budget.choose(built, scheme, training, device, memory)
+        by_blocks = by_blocks and built.by_blocks
+        training, counted, why = budget.choose(
+            built, scheme, training, device, memory, by_blocks=by_blocks
+        )
         notes.append(f"Strategy: {why}.")
     else:
         then = Recipe.from_json(record["recipe"]).training
@@ -278,7 +302,10 @@ def fitting(
             training,
             micro_batch_size=training.micro_batch_size or then.micro_batch_size,
             gradient_checkpointing=training.gradient_checkpointing or then.gradient_checkpointing,
+            train=then.train if training.train == "all" else training.train,
+            block_by_block=training.block_by_block or then.block_by_block,
         )
+        notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
     return replace(recipe, training=training), counted, notes
 
 
@@ -362,7 +389,7 @@ def train_run(
     """
     began = time.monotonic()
     recipe, student = prepared.recipe, prepared.student
-    if recipe.training.start == "compensated" and prepared.dense:
+    if recipe.training.start != "closed-form" and prepared.dense:
         _compensate(prepared, out, record, progress)
     record |= processes.from_main(lambda: _measured(prepared, record, progress))
     prepared.selection.chosen.clear()  # dense layers, whose weights `--train` may let go
@@ -463,11 +490,14 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     taken = list(islice(corpus.blocks, settings.calibration))
     corpus.blocks = chain(taken, corpus.blocks)
     device = next(model.parameters()).device
+    reconstructed = settings.start == "reconstructed"
     record["start"] = compensated_start(
         model,
         torch.stack(taken),
-        rows=settings.micro_batch_size or settings.batch_size,
+        rows=rows_at_once(settings, reconstructed),
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
+        reconstruction=settings if reconstructed else None,
+        seed=prepared.recipe.seed,
         progress=progress,
     )
     for said in record["start"]:
@@ -492,6 +522,11 @@ def perplexity(
     measured = token_perplexity(
         loaded.model, prepared.corpus.held_out, length, progress=progress, stage=f"evaluate {who}"
     )
+    return described(prepared, measured)
+
+
+def described(prepared: Prepared, measured: dict[str, Any]) -> dict[str, Any]:
+    """What `token_perplexity` found on the held-out text, as the contract writes it."""
     return {
         "perplexity": measured["token_perplexity"],
         "metric": "token_perplexity",

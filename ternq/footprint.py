@@ -35,7 +35,8 @@ class Footprint:
     """Bytes at the peak of training, by kind, and what they are of.
 
     ``weights`` of teacher and student, ``optimizer`` its states, ``step`` what a step takes beside
-    them at its peak: activations, gradients, rounded weights. ``rough`` says why it could only be
+    them at its peak: activations, gradients, rounded weights. ``loading`` is held before some of it
+    is let go of, as dense weights are that become codes. ``rough`` says why it could only be
     estimated from the shapes; None where it was counted.
     """
 
@@ -45,12 +46,13 @@ class Footprint:
     parameters: int
     trained: int
     ternary: int
+    loading: int = 0
     rough: str | None = None
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.optimizer + self.step
+        return max(self.loading, self.weights + self.optimizer + self.step)
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -121,7 +123,7 @@ def _roughly(build: Callable[[], Any], settings: Training, reason: str) -> Footp
     kept = config.hidden_size if settings.gradient_checkpointing else wide
     activations = 4 * tokens * (kept * blocks + wide + 3 * config.vocab_size)
     return Footprint(8 * everything, 8 * linear, 9 * linear + activations, everything, linear,
-                     linear, reason)  # fmt: skip
+                     linear, rough=reason)  # fmt: skip
 
 
 def _depth(build: Callable[[], Any]) -> int:
@@ -141,6 +143,8 @@ def _counted(
         for model in (teacher, twin):
             del decoder_blocks(model)[1][blocks:]
         student = student_of(teacher, scheme, settings, twin)[0]
+        del twin, model
+        alive.peak = alive.now
         ids = torch.zeros(settings.sequence_length, dtype=torch.int64)
         trainer = Trainer(
             student=student,
@@ -154,7 +158,7 @@ def _counted(
         )
         bf16 = device != "cpu" or has_bf16(torch.device("cpu"))
         trainer.objective.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-        weights = alive.now
+        weights, loading = alive.now, alive.peak
         for parameter in filter(lambda p: p.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         take_step(trainer.optimizer, settings, seed=0, step=0, norm=0.0)  # makes its states
@@ -168,4 +172,5 @@ def _counted(
         parameters=sum(p.numel() for p in student.parameters()),
         trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
         ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
+        loading=loading,
     )

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,41 @@ def local_path(model: str) -> Path | None:
     return None
 
 
+def outline(model: str, *, offline: bool = False) -> tuple[Loaded, Path]:
+    """A dense checkpoint without its weights: a skeleton with its tokenizer; and its folder.
+
+    Raises:
+        InputError: it is no folder of safetensors, is quantized or ternary, or has no tokenizer.
+    """
+    path = local_path(model)
+    if path is not None and (path / RUN_FILE).is_file():
+        raise InputError(f"'{model}' is a run, and its student is ternary already.")
+    folder = model_folder(model, path, offline)
+    with _in_words(model, offline=True):
+        config = _config(model, str(folder), {"local_files_only": True})
+        if quantized_by(config) == METHOD:
+            raise InputError(f"'{model}' is ternary already.")
+        tokenizer = _tokenizer(model, str(folder), {"local_files_only": True})
+    own = getattr(config, "dtype", None)
+    stored = own if isinstance(own, torch.dtype) else torch.float32
+    name = display_name(model)
+    return Loaded(skeleton(folder), tokenizer, name, model, "dense", path, stored), folder
+
+
+def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Name in the model -> name in its files, by transformers' own rules; others are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    state = model.state_dict()
+    rules: Any = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    found = {
+        rename_source_key(name, rules, [], model.base_model_prefix, state)[0]: name
+        for name in stored
+    }
+    return {name: found[name] for name in state if name in found}
+
+
 def refuse_no_model(model: str, path: Path) -> None:
     """`InputError` where a folder or file is no model, as far as its names tell."""
     if not (path / RUN_FILE).is_file():
@@ -189,14 +224,16 @@ def licence(model: str, path: Path | None = None, offline: bool = False) -> str 
     return found if isinstance(found, str) else None
 
 
-def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
+def skeleton(folder: Path, packed: TernqConfig | None = None, *, buffers: bool = False) -> Any:
     """The model that ``config.json`` of a folder describes, without memory (on "meta").
 
-    It is dense, or has the packed layers that ``packed`` names.
+    It is dense, or has the packed layers that ``packed`` names. With ``buffers`` these are real, as
+    in a model loaded in float32 (transformers computes them as it builds a model).
 
     Raises:
         InputError: the configuration is damaged, or is not one of a causal language model.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _in_words(str(folder), offline=True):
@@ -207,9 +244,11 @@ def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
         for name in ("quantization_config", "auto_map"):
             if hasattr(config, name):
                 delattr(config, name)
-        with torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
-            model = build(config)
+        build: Any = AutoModelForCausalLM.from_config
+        with init_empty_weights() if buffers else torch.device("meta"):
+            model = build(config, dtype=torch.float32) if buffers else build(config)
+        if buffers:
+            model.tie_weights()  # which building without weights undoes
         if packed is not None:
             put_packed(model, packed)
         return model
@@ -219,11 +258,13 @@ def skeleton(folder: Path, packed: TernqConfig | None = None) -> Any:
 class Blueprint:
     """A configuration, and the dense float32 model that it describes, with whatever weights.
 
-    ``scheme`` is that of a model that is ternary already.
+    ``scheme`` is that of a model that is ternary already; ``by_blocks``: its weights can be read
+    block by block.
     """
 
     config: Any
     scheme: Scheme | None = None
+    by_blocks: bool = True
 
     def __call__(self) -> Any:
         """Build the model."""
@@ -260,7 +301,7 @@ def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = Fa
             scheme = Scheme(group_size=known.group_size, shift=known.shift) if known else None
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-    return Blueprint(config, scheme)
+    return Blueprint(config, scheme, scheme is None and "gguf_file" not in options)
 
 
 def dtype_of(built: Blueprint) -> torch.dtype:

@@ -33,7 +33,7 @@ Measure = Callable[[Path], Mapping[str, Any]]
 
 
 def pack(
-    model: str | Loaded,
+    model: str | Loaded | Source,
     out: Path,
     *,
     format: str = "ternq",
@@ -50,7 +50,8 @@ def pack(
 ) -> dict[str, Any]:
     """Write a ternary model as an artefact at ``out``; returns the contract's fields.
 
-    ``model`` is a run, an artefact, a checkpoint that is ternary by value, or a model in memory.
+    ``model`` is a run, an artefact, a checkpoint that is ternary by value, a model in memory, or a
+    source that is open.
     ``extra`` goes into the manifest. What is finished already, asked for again of the same files,
     is left as it is. Before the folder gets its name it is read again and compared:
     every tensor to the bit; of a model that fits, also the logits.
@@ -133,7 +134,7 @@ def verify(
 
 @contextmanager
 def _opened(
-    model: str | Loaded,
+    model: str | Loaded | Source,
     group_size: int | None,
     skip: tuple[str, ...],
     offline: bool,
@@ -149,6 +150,9 @@ def _opened(
         ) as source:
             yield source
         return
+    if isinstance(model, Source):
+        yield model
+        return
     if packed_layers(model.model):
         raise InputError(f"'{model.source}' is packed already.", "Name its folder.")
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +160,7 @@ def _opened(
         yield of_model(model, Path(folder))
 
 
-def _digest(model: str | Loaded, *request: Any) -> str | None:
+def _digest(model: str | Loaded | Source, *request: Any) -> str | None:
     """What is asked for, of which files (by size and time), as a hash; None without files."""
     path = hf.local_path(model) if isinstance(model, str) else None
     if path is None:
@@ -266,8 +270,11 @@ def _refuse_rounding(source: Source, exact: bool) -> None:
         )
 
 
-def _refuse_input(model: str | Loaded, out: Path) -> None:
-    path = hf.local_path(model) if isinstance(model, str) else model.path
+def _refuse_input(model: str | Loaded | Source, out: Path) -> None:
+    if isinstance(model, Source):
+        path: Path | None = model.base
+    else:
+        path = hf.local_path(model) if isinstance(model, str) else model.path
     where = None if path is None else path.resolve()
     if where is not None and out.resolve() in [where, *where.parents]:
         raise RecipeError(f"{out} holds the model itself.", "Choose another name with -o.")

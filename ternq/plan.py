@@ -78,9 +78,9 @@ def plan(
             trust_remote_code=trust_remote_code,
             progress=progress,
             open_text=False,
-            fitted=True,
+            notes=notes,
         )
-        recipe, found["notes"] = prepared.recipe, notes + prepared.notes
+        recipe, found["notes"] = prepared.recipe, prepared.notes
         found |= _times(prepared, out, time.monotonic() - began, progress)
     return found | {"recipe": recipe.to_json()}
 

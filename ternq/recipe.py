@@ -20,7 +20,7 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
 Ste = Literal["identity", "ttq"]
-Start = Literal["closed-form", "compensated"]
+Start = Literal["closed-form", "compensated", "reconstructed"]
 Train = Literal["all", "scales", "low-rank"]
 Optimizer = Literal["adamw", "adamw-8bit"]
 Latent = Literal["float32", "bfloat16"]
@@ -69,8 +69,15 @@ class Training:
     kl: float = option(1.0, "Weight of the divergence from the teacher's logits.")
     ce: float = option(0.0, "Weight of the next-token cross-entropy.")
     ste: Ste = option("identity", "Gradient of the rounding: identity, or scale outside the zone.")
-    start: Start = option("closed-form", "First codes: by threshold, or with errors compensated.")
-    calibration: int = option(32, "Blocks of text for the compensated start.")
+    start: Start = option(
+        "closed-form", "First codes: by threshold, errors compensated, or blocks trained as well."
+    )
+    calibration: int = option(32, "Blocks of text for a start that is not the closed form.")
+    reconstruction_epochs: int = option(10, "Passes over that text in which a block is trained.")
+    reconstruction_lr: float = option(1e-3, "Peak learning rate of a block trained by itself.")
+    block_by_block: bool = option(
+        False, "Only compensate and reconstruct, one block at a time from disk, in little memory."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     cache_teacher: bool = option(False, "Run the teacher once, and keep its output on disk.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
@@ -90,10 +97,11 @@ class Training:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")
-        for name in ("tokens", "steps", "retreats"):
+        for name in ("tokens", "steps", "retreats", "reconstruction_epochs"):
             if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{flag(name)} is negative.")
-        for name in ("lr", "scale_lr", "warmup", "weight_decay", "clip", "off", "kl", "ce"):
+        for name in ("lr", "scale_lr", "warmup", "weight_decay", "clip", "off", "kl", "ce",
+                     "reconstruction_lr"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RecipeError(f"{flag(name)} is {value}; it is a finite number, at least 0.")

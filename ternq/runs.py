@@ -35,6 +35,7 @@ from ternq.trackers import LOGS
 REPORT = hf.REPORT
 OWN_TEXT_FILE = "self.json"
 TEACHER_FOLDER = "teacher"  # what its last block put out (`ternq.teacher`)
+BLOCKS = "blocks"  # finished blocks of a run that goes block by block
 START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
 FORMAT = "ternq_run"
 FORMAT_VERSION = 1
@@ -195,16 +196,16 @@ def begin(
 
 
 def identity(
-    recipe: Recipe, teacher: hf.Loaded, held_out: Tensor, data: list[str], device: torch.device
+    recipe: Recipe, teacher: str, held_out: Tensor, data: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """What a run is made from and on, beside its recipe."""
+    """What a run is made from and on, beside its recipe; ``teacher`` is its fingerprint."""
     chip = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         chip = torch.cuda.get_device_name(device)
     return {
         "data_sha256": _hashes(data, recipe.model),
         "text_sha256": _digest(held_out),
-        "teacher_weights": hf.fingerprint(teacher.model),
+        "teacher_weights": teacher,
         "machine": {
             "ternq": ternq.__version__,
             "torch": torch.__version__,
@@ -239,7 +240,8 @@ def remove(out: Path, *, keep_own_text: bool = False) -> None:
     if (out / hf.RUN_FILE).is_file():
         with checkpoint.writing(out):
             (out / hf.RUN_FILE).replace(out / _REMOVED)
-    for folder in (out / CHECKPOINTS, out / hf.BASE_FOLDER, out / LOGS, out / TEACHER_FOLDER):
+    own = (CHECKPOINTS, hf.BASE_FOLDER, LOGS, TEACHER_FOLDER, BLOCKS)
+    for folder in (out / name for name in own):
         if folder.is_dir():
             shutil.rmtree(folder)
     names = {hf.STUDENT_FILE, REPORT, METRICS, START_FILE}

@@ -21,7 +21,7 @@ from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
 from ternq.linear import ternary_layers
 from ternq.modeling_ternq import features
-from ternq.recipe import Recipe, display_name
+from ternq.recipe import Recipe, Scheme, display_name
 from ternq.ternary import TernaryWeight
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -107,6 +107,34 @@ def of_model(loaded: Loaded, base: Path) -> Source:
         tensor=lambda name: others[name].cpu(),
         reload=lambda: loaded.model,
         about=_recipe(loaded.path) if loaded.kind == "run" else {},
+    )
+
+
+def of_stored(
+    loaded: Loaded,
+    base: Path,
+    run: Path,
+    modules: tuple[str, ...],
+    others: Mapping[str, Shape],
+    scheme: Scheme,
+    *,
+    layer: Callable[[str], TernaryWeight],
+    tensor: Callable[[str], Tensor],
+) -> Source:
+    """A run made block by block of the checkpoint in ``base``, read where its parts lie."""
+    return Source(
+        name=loaded.name,
+        base=base,
+        config=_model_config(base),
+        skeleton=loaded.model,
+        modules=modules,
+        others=others,
+        group_size=scheme.group_size,
+        shift=scheme.shift,
+        dtype=loaded.dtype,
+        layer=lambda name: _stored(name, layer(name)),
+        tensor=tensor,
+        about=_recipe(run),
     )
 
 

@@ -15,10 +15,12 @@ def student_of(
 ) -> tuple[Any, Selection]:
     """A student of a dense model, at its closed-form start, and which layers became ternary.
 
-    Parameters that do not learn (embeddings, output head) are the teacher's own, not copies.
+    Parameters that do not learn (embeddings, output head; where ``--train`` says so, all that there
+    are, since its codes are made beside them) are the teacher's own, not copies.
     ``twin`` is made the student, where a copy of the teacher stands there already.
     """
-    kept = _kept(teacher)
+    frozen = settings.train != "all" and settings.start == "closed-form"
+    kept = _kept(teacher, frozen)
     if twin is None:
         twin = copy.deepcopy(teacher, {id(p): p for p in kept.values()})
     for name, parameter in kept.items():
@@ -27,12 +29,12 @@ def student_of(
     return twin, prepare(twin, scheme, settings.ste)
 
 
-def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters outside of the decoder's blocks that do not learn, under all of their names."""
+def _kept(model: nn.Module, frozen: bool) -> dict[str, nn.Parameter]:
+    """Parameters that do not learn, under all of their names; in the blocks only if ``frozen``."""
     inside = {id(p) for p in decoder_blocks(model)[1].parameters()}
     return {
         f"{name}.{own}": parameter
         for name, module in model.named_modules()
         for own, parameter in module.named_parameters(recurse=False)
-        if kind_of(module, own) is None and id(parameter) not in inside
+        if frozen or (kind_of(module, own) is None and id(parameter) not in inside)
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ternq import checkpoint, distill, hf, processes, runs, trackers
+from ternq import checkpoint, distill, hf, processes, runs, streamed, trackers
 from ternq.errors import RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
@@ -79,6 +79,7 @@ def ternarize(
             model,
             run,
             recipe,
+            by_blocks=streamed.prepare_run,
             resume=resume,
             overwrite=overwrite,
             device=device,
@@ -86,12 +87,14 @@ def ternarize(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        trained = distill.train_run(
+        by_blocks = isinstance(prepared, streamed.Streamed)
+        how: Any = streamed if by_blocks else distill
+        trained = how.train_run(
             prepared, run, record, time_limit=time_limit, log_with=log_with, progress=progress
         )
         if not processes.is_main():
-            return trained
-        if recipe.training.cache_teacher:  # its decoder was dropped, and is compared once more
+            return dict(trained)
+        if prepared.recipe.training.cache_teacher:  # its decoder was dropped, and is needed again
             prepared.teacher = hf.load(
                 prepared.teacher.source,
                 dtype=torch.float32,
@@ -102,19 +105,27 @@ def ternarize(
         progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
         def measure(folder: Path) -> dict[str, Any]:
-            packed = hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
-            student = distill.perplexity(prepared, packed, progress, "packed student")
+            packed = _reloaded(folder, device, by_blocks)
+            student: Any = trained.get("student")  # where the file cannot be loaded, as made
+            if packed is None:
+                said = "The packed model does not fit here: it is measured as made."
+                trained["notes"].append(said)
+            else:
+                student = distill.perplexity(prepared, packed, progress, "packed student")
             results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
-            for name, loaded in ((model, prepared.teacher), (str(out), packed)) if jobs else ():
-                loaded = replace(loaded, name=name)
-                found = evaluate(
-                    [loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress
-                )
-                results[name] |= found["results"][name]
+            pairs = [] if by_blocks else [(model, prepared.teacher)]
+            for name, loaded in [*pairs, (str(out), packed)] if jobs else ():
+                if loaded is not None:
+                    loaded = replace(loaded, name=name)
+                    found = evaluate(
+                        [loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress
+                    )
+                    results[name] |= found["results"][name]
             return {"student": student, "results": results}
 
+        whole = replace(prepared.student, kind="run", path=run)
         packed = pack(
-            replace(prepared.student, kind="run", path=run),
+            streamed.source(prepared, run) if by_blocks else whole,
             out,
             embeddings=embeddings,
             overwrite=overwrite or half,
@@ -124,15 +135,35 @@ def ternarize(
             measure=measure,
         )
         notes = {"notes": [*trained["notes"], *packed["notes"]]}
-        reloaded = hf.load(str(out), dtype=torch.float32, device=device)
-        report = trained | packed | notes | ({"made": made} if made else {})
-        report |= {"samples": samples(model, prepared.teacher, reloaded)}
-        report |= {"layers": {str(out): layer_diagnostics(reloaded.model, prepared.teacher.model)}}
+        if by_blocks and jobs:
+            said = f"{model} itself is too large for the tasks: they are of the result."
+            notes["notes"].append(said)
+        report: dict[str, Any] = trained | packed | notes | ({"made": made} if made else {})
+        report |= _looked_at(model, prepared, run, out, device)
         checkpoint.write_json(run / REPORT, report)
         keep_reports(run, out)
         write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
         runs.remove(run)
         return report
+
+
+def _reloaded(folder: Path, device: str, by_blocks: bool) -> hf.Loaded | None:
+    """The packed model; None if the model did not fit into memory and this does not either."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if by_blocks and not streamed.fits(size, device):
+        return None
+    return hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
+
+
+def _looked_at(model: str, prepared: Any, run: Path, out: Path, device: str) -> dict[str, Any]:
+    """What is shown of the finished model: text that both write, and each layer's error."""
+    if isinstance(prepared, streamed.Streamed):
+        layers = streamed.layer_diagnostics(prepared, streamed.source(prepared, run))
+        return {"layers": {str(out): layers}}
+    reloaded = hf.load(str(out), dtype=torch.float32, device=device)
+    layers = layer_diagnostics(reloaded.model, prepared.teacher.model)
+    texts = samples(model, prepared.teacher, reloaded)
+    return {"samples": texts, "layers": {str(out): layers}}
 
 
 def _held_out(measured: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
 from ternq.train import Trainer
+from ternq.walk import bytes_needed
 from ternq.watch import Watch
 
 SCHEME = Scheme(group_size=16)
@@ -71,7 +72,8 @@ def test_more_blocks_are_as_those_that_were_counted(monkeypatch: pytest.MonkeyPa
         if name == "rough":
             assert value is None
             continue
-        assert vars(found)[name] == pytest.approx(value, rel=0.01), name
+        # the peak may move from the losses to a block as a model gets deeper
+        assert vars(found)[name] == pytest.approx(value, rel=0.02), name
 
 
 def test_a_step_takes_more_with_larger_batches_and_less_when_it_recomputes() -> None:
@@ -117,27 +119,65 @@ def test_a_probe_teaches_nothing(tmp_path: Path) -> None:
 # Strategies
 
 
-def test_strategies_take_less_and_less() -> None:
-    tried = list(budget.strategies(replace(SETTINGS, batch_size=6)))
-    sizes = [(s.micro_batch_size, s.gradient_checkpointing) for s, _ in tried]
-    assert sizes == [(None, False), (3, False), (1, False), (1, True)]
-    needed = [footprint(of("llama"), SCHEME, s, "cpu").total for s, _ in tried]
+def tried(by_blocks: bool = False, **settings: Any) -> list[tuple[Any, ...]]:
+    chosen = replace(SETTINGS, batch_size=6, **settings)
+    return [
+        (s.train, s.micro_batch_size, s.gradient_checkpointing, s.block_by_block)
+        for family in budget.families(chosen, by_blocks)
+        for s, _ in family
+    ]
+
+
+def test_strategies_and_their_order() -> None:
+    sizes = [(None, False), (3, False), (1, False), (1, True)]
+    everything = [(train, *s, False) for train in ("all", "low-rank", "scales") for s in sizes]
+    assert tried() == everything
+    assert tried(by_blocks=True) == [*everything, ("all", None, False, True)]
+    assert tried(by_blocks=True, block_by_block=True) == [("all", None, False, True)]
+    assert tried(by_blocks=True, train="scales") == [("scales", *s, False) for s in sizes]
+    assert tried(micro_batch_size=2, gradient_checkpointing=True, train="scales") == [
+        ("scales", 2, True, False)
+    ]
+
+
+def test_each_takes_less_than_the_one_before_it() -> None:
+    (family, *_) = budget.families(replace(SETTINGS, batch_size=6), False)
+    needed = [footprint(of("llama"), SCHEME, s, "cpu").total for s, _ in family]
     assert needed == sorted(needed, reverse=True)
 
 
-def test_the_first_strategy_that_fits_is_taken() -> None:
+def choose(free: int, by_blocks: bool = False) -> tuple[Training, budget.Memory, str]:
     settings = replace(SETTINGS, batch_size=6)
-    needed = [
-        budget.Memory(footprint(of("llama"), SCHEME, s, "cpu"), 0).needed
-        for s, _ in budget.strategies(settings)
-    ]
-    for at, free in enumerate(needed):
-        chosen, memory, why = budget.choose(of("llama"), SCHEME, settings, "cpu", free)
-        assert chosen == list(budget.strategies(settings))[at][0]
-        assert memory.fits and memory.needed == free
-        assert f"micro batches of {chosen.micro_batch_size or 6}" in why
+    return budget.choose(of("llama"), SCHEME, settings, "cpu", free, by_blocks=by_blocks)
+
+
+def test_the_first_strategy_that_fits_is_taken() -> None:
+    needed = {}
+    for family in budget.families(replace(SETTINGS, batch_size=6), False):
+        for settings, how in family:
+            counted_ = footprint(of("llama"), SCHEME, settings, "cpu")
+            needed[how] = (settings, budget.Memory(counted_, 0).needed)
+    for settings, free in needed.values():
+        chosen, memory, why = choose(free)
+        assert memory.fits and memory.needed <= free
+        first = next(how for how, (_, size) in needed.items() if size <= free)
+        assert why.startswith(first) and chosen == needed[first][0]
+        assert settings.batch_size == chosen.batch_size
+    least = min(size for _, size in needed.values())
     with pytest.raises(ResourceError, match="more than is free"):
-        budget.choose(of("llama"), SCHEME, settings, "cpu", min(needed) - 1)
+        choose(least - 1)
+
+
+def test_block_by_block_is_the_last() -> None:
+    with torch.device("meta"):
+        alone = round(budget.MARGIN * bytes_needed(of("llama")(), SETTINGS))
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as small:
+        small.setattr(budget, "footprint", lambda *shapes: Footprint(10**15, 0, 0, 1, 1, 1))
+        chosen, _, why = choose(alone, by_blocks=True)
+        assert chosen.block_by_block and why.startswith("block by block from disk")
+        with pytest.raises(ResourceError):
+            choose(alone - 1, by_blocks=True)
 
 
 def test_a_model_that_cannot_be_counted_is_estimated_and_that_is_said(

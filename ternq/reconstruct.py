@@ -1,0 +1,97 @@
+"""Block-wise reconstruction: a rounded decoder block is trained to put out what the dense one does.
+
+One block at a time needs the memory of one block. Its latent weights, scales, shifts, norms and
+biases learn by AdamW, on the activations that the ternary blocks before it give, towards the
+outputs of the dense model. So does BRECQ's idea as EfficientQAT (Block-AP, arXiv 2407.11062) and
+CAT-Q (arXiv 2606.26650) use it; loss, targets and settings here are our own (docs/method.md).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ternq.blocks import Call
+from ternq.losses import off
+from ternq.optimize import optimizer, set_rate
+from ternq.recipe import Training
+
+
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    """``1 - cos`` a token, mean, plus the squared error relative to the target's energy.
+
+    Activations ``[..., hidden]``, computed in float32. Direction alone would leave the length of
+    the residual stream free; the squared error alone is ruled by a few channels and tokens.
+    """
+    output, target = output.float(), target.float()
+    lost = (output - target).square().sum() / target.square().sum().clamp(min=1e-30)
+    return off(output, target) + lost
+
+
+@torch.no_grad()
+def reconstruct(
+    block: nn.Module,
+    calls: list[Call],
+    targets: list[Tensor],
+    settings: Training,
+    *,
+    seed: int,
+    autocast: AbstractContextManager[Any],
+    check: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Train a block on ``calls`` towards ``targets``, a step a call; distances before and after.
+
+    ``settings`` has epochs and rate; ``check`` is called before every epoch and may stop the work
+    by raising. A block that did not come nearer is put back to where it began.
+    """
+    before = mean_distance(block, calls, targets, autocast)
+    settings = replace(settings, lr=settings.reconstruction_lr, scale_lr=None)
+    learned = optimizer(block, settings)
+    parameters = [p for group in learned.param_groups for p in group["params"]]
+    generator = torch.Generator().manual_seed(seed)
+    began = [p.detach().clone() for p in parameters]
+    order: list[int] = []
+    steps = settings.reconstruction_epochs * len(calls)
+    with torch.enable_grad():
+        for step in range(steps):
+            if step % len(calls) == 0:
+                check()
+                order = torch.randperm(len(calls), generator=generator).tolist()
+            at = order[step % len(calls)]
+            with autocast:
+                output = calls[at].run(block)
+            loss: Any = distance(output, targets[at])
+            loss.backward()
+            if settings.clip:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            set_rate(learned, step, steps, settings)
+            learned.step()
+            learned.zero_grad()
+    after = mean_distance(block, calls, targets, autocast)
+    if not after < before:
+        for parameter, value in zip(parameters, began, strict=True):
+            parameter.copy_(value)
+    return before, after
+
+
+@torch.no_grad()
+def mean_distance(
+    block: nn.Module,
+    calls: list[Call],
+    targets: list[Tensor],
+    autocast: AbstractContextManager[Any],
+) -> float:
+    """`distance` of what a block puts out, mean over calls."""
+    with autocast:
+        found = [distance(c.run(block), t) for c, t in zip(calls, targets, strict=True)]
+    return float(torch.stack(found).mean())
+
+
+def rows_at_once(settings: Training, reconstructing: bool) -> int:
+    """Blocks of text that pass through a block at once: one where they are steps of training."""
+    if reconstructing and settings.reconstruction_epochs:
+        return 1
+    return settings.micro_batch_size or settings.batch_size
