@@ -111,9 +111,12 @@ def ternarize(
     tasks = _names(settings["tasks"])
     _warn_of_gates(gates, tasks, progress)
     world = _world(device, settings) | {"progress": progress}
+    from ternq.ternarize import refuse_scratch
+    from ternq.ternarize import ternarize as verb
+
+    refuse_scratch(made)
     if plan:
         return _plan(made, _path(out), world | {"overwrite": overwrite})
-    from ternq.ternarize import ternarize as verb
 
     result = verb(
         model,

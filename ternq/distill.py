@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, runs
+from ternq import budget, checkpoint, hf, runs, scratch
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
 from ternq.linear import (
+    AbsmeanLinear,
     Selection,
     TernaryLinear,
     decoder_blocks,
     group_rule,
     packed_layers,
-    prepare,
     ternary_layers,
 )
 from ternq.perplexity import BLOCK, token_perplexity
@@ -42,7 +42,7 @@ class Prepared:
     """Everything the loop needs, checked; nothing is trained or written yet."""
 
     recipe: Recipe
-    teacher: hf.Loaded
+    teacher: hf.Loaded | None  # None: learns from text alone
     student: hf.Loaded
     selection: Selection
     corpus: corpora.Corpus
@@ -159,36 +159,53 @@ def prepare_run(
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
-    base = hf.load(model, dtype=torch.float32, progress=progress, **options)
+    scratch.check(recipe, teacher)
+    if recipe.training.from_scratch:
+        base = hf.drawn(model, recipe.seed, progress=progress, **options)
+    else:
+        base = hf.load(model, dtype=torch.float32, progress=progress, **options)
     if "auto_map" in vars(base.model.config):
         raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
     notes: list[str] = []
-    if base.kind == "dense":
+    big: hf.Loaded | None
+    if recipe.training.from_scratch:
+        big = None if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
+        student = base
+        selection, recipe = scratch.prepare(student.model, recipe, notes)
+    elif base.kind == "dense":
         big = base if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
         budget.refuse_without_room(base.model, device)
         student = replace(base, model=copy.deepcopy(base.model))
-        selection = prepare(student.model, recipe.scheme, recipe.training.ste)
+        selection, recipe = scratch.prepare(student.model, recipe, notes)
     else:
-        big, student = _from_ternary(base, teacher, options), base
+        alone = recipe.training.objective == "ce" and _recorded_base(base) is None
+        big, student = None if alone else _from_ternary(base, teacher, options), base
         selection, recipe = _selection_of(student, recipe)
         if recipe.training.start != "closed-form":
             notes.append("Start: the codes that the model has; --start is for dense models.")
-    _same_shape(big, student)
-    big.model.requires_grad_(False)
-    if rule := group_rule(selection, recipe.scheme.group_size):
+    if big is not None:
+        _same_shape(big, student)
+        big.model.requires_grad_(False)
+    rule = group_rule(selection, recipe.scheme.group_size)
+    if rule and recipe.scheme.method == "dlt":
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
     recipe = replace(recipe, training=_fitting(student, recipe.training, record, device, notes))
-    specs, note = corpora.choose(big, recipe.training.data, offline)
+    writer = big or student
+    specs, note = corpora.choose(writer, recipe.training.data, offline)
     if record is not None and not recipe.training.data:
         specs, note = tuple(record.get("data", ())), None
     notes += [note] if note else []
     for note in notes:
         progress(Event("plan", note))
+    if big is None:
+        scratch.refuse_own_text(specs)
     if not open_text and corpora.has_own_text(specs):
         text = corpora.unwritten(specs)
     else:
-        text = corpora.corpus(big, recipe, specs, offline=offline, progress=progress, cache=cache)
+        text = corpora.corpus(
+            writer, recipe, specs, offline=offline, progress=progress, cache=cache
+        )
     return Prepared(recipe, big, student, selection, text, notes, base.kind == "dense")
 
 
@@ -241,7 +258,10 @@ def _recorded_base(base: hf.Loaded) -> str | None:
         record = checkpoint.read_manifest(base.path)
     else:  # an artefact that was loaded and saved again
         return None
-    model = record.get("recipe", {}).get("model")
+    recipe = record.get("recipe", {})
+    if (recipe.get("training") or {}).get("from_scratch"):
+        return None
+    model = recipe.get("model")
     return model if isinstance(model, str) else None
 
 
@@ -255,7 +275,11 @@ def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe
     if hasattr(student.model.config, "quantization_config"):
         del student.model.config.quantization_config
     first = next(iter(layers.values()))
-    scheme = Scheme(group_size=first.group_size, shift=first.weight_shift is not None)
+    scheme = Scheme(
+        group_size=first.group_size,
+        shift=first.weight_shift is not None,
+        method="absmean" if isinstance(first, AbsmeanLinear) else "dlt",
+    )
     if recipe.scheme not in (scheme, Scheme()):
         raise RecipeError(
             f"'{student.source}' is ternary already, with --group-size {scheme.group_size} and "
@@ -299,7 +323,7 @@ def train_run(
         _compensate(prepared, out, record, progress)
     trainer = Trainer(
         student=student.model,
-        teacher=prepared.teacher.model,
+        teacher=prepared.teacher and prepared.teacher.model,
         blocks=prepared.corpus.blocks,
         settings=recipe.training,
         steps=0,
@@ -312,7 +336,9 @@ def train_run(
         steps = _steps(trainer, progress)
         record |= {"steps": steps}
     if "untrained" not in record:
-        record["teacher"] = perplexity(prepared, prepared.teacher, progress, "teacher")
+        teacher = prepared.teacher
+        measured = None if teacher is None else perplexity(prepared, teacher, progress, "teacher")
+        record["teacher"] = measured
         record["untrained"] = perplexity(prepared, student, progress, "untrained")
     checkpoint.write_json(out / hf.RUN_FILE, record)
     trainer.steps = steps
@@ -399,7 +425,7 @@ def _per_word(measured: dict[str, Any], prepared: Prepared) -> float | None:
     Words are what lies between white space, as in lm-eval.
     """
     ids = prepared.corpus.held_out[: measured["tokens"]]
-    words = len(prepared.teacher.tokenizer.decode(ids, skip_special_tokens=True).split())
+    words = len(prepared.student.tokenizer.decode(ids, skip_special_tokens=True).split())
     if not words:
         return None
     try:

@@ -42,7 +42,7 @@ def plan(
     memory = budget.estimate(student, settings, device)
     trainer = Trainer(
         student=student,
-        teacher=prepared.teacher.model,
+        teacher=prepared.teacher and prepared.teacher.model,
         blocks=iter(()),
         settings=settings,
         steps=1,

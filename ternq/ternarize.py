@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ternq import checkpoint, distill, hf, runs
-from ternq.errors import RecipeError
+from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
 from ternq.measure import Limit
@@ -55,6 +55,7 @@ def ternarize(
     Raises:
         RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
     """
+    refuse_scratch(recipe)
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
@@ -79,6 +80,12 @@ def ternarize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    teacher = prepared.teacher
+    if teacher is None:
+        raise InputError(
+            f"'{model}' was trained from scratch: there is nothing that it could be compared with.",
+            "Go on with ternq distill, then ternq pack.",
+        )
     trained = distill.train_run(prepared, run, record, time_limit=time_limit, progress=progress)
     progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
@@ -86,7 +93,7 @@ def ternarize(
         packed = hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
         student = distill.perplexity(prepared, packed, progress, "packed student")
         results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
-        for name, loaded in ((model, prepared.teacher), (str(out), packed)) if jobs else ():
+        for name, loaded in ((model, teacher), (str(out), packed)) if jobs else ():
             loaded = replace(loaded, name=name)
             found = evaluate([loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress)
             results[name] |= found["results"][name]
@@ -105,13 +112,22 @@ def ternarize(
     notes = {"notes": [*trained["notes"], *packed["notes"]]}
     reloaded = hf.load(str(out), dtype=torch.float32, device=device)
     report = trained | packed | notes | ({"made": made} if made else {})
-    report |= {"samples": samples(model, prepared.teacher, reloaded)}
-    report |= {"layers": {str(out): layer_diagnostics(reloaded.model, prepared.teacher.model)}}
+    report |= {"samples": samples(model, teacher, reloaded)}
+    report |= {"layers": {str(out): layer_diagnostics(reloaded.model, teacher.model)}}
     checkpoint.write_json(run / REPORT, report)
     keep_reports(run, out)
     write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
     runs.remove(run)
     return report
+
+
+def refuse_scratch(recipe: Recipe) -> None:
+    """`RecipeError` for a model from scratch: here is one that is made ternary and compared."""
+    if recipe.training.from_scratch or recipe.scheme.method == "float":
+        raise RecipeError(
+            "ternarize makes a trained model ternary; a model from scratch is ternq distill's.",
+            "ternq distill MODEL --from-scratch --objective ce -o RUN, then ternq pack RUN",
+        )
 
 
 def _held_out(measured: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Models from scratch: what contradicts itself is refused, and ternary layers put into place.
+
+A model from scratch has its configuration and tokenizer from MODEL and its weights from the seed;
+with ``--objective ce`` it has no teacher. TriLM is one of the method ``absmean``, FloatLM its dense
+counterpart of the method ``float``; both are trained by the loop that distils.
+"""
+
+from dataclasses import replace
+
+from torch import nn
+
+from ternq import linear
+from ternq.corpus import has_own_text
+from ternq.errors import InputError, RecipeError
+from ternq.linear import Selection, settled
+from ternq.recipe import Recipe
+
+
+def check(recipe: Recipe, teacher: str | None) -> None:
+    """Refuse what contradicts itself between method, objective and start.
+
+    Raises:
+        RecipeError: which two, and what to leave out.
+    """
+    scheme, training = recipe.scheme, recipe.training
+    scratch, alone = training.from_scratch, training.objective == "ce"
+    compensated = training.start == "compensated"
+    if teacher is not None and alone:
+        raise RecipeError("--objective ce learns from text alone: it has no --teacher.")
+    if scratch and teacher is None and not alone:
+        raise RecipeError(
+            "--from-scratch has no teacher: MODEL gives its configuration, not its weights.",
+            "Add --objective ce, or name a --teacher.",
+        )
+    if scheme.method == "float" and not scratch:
+        raise RecipeError(
+            "--method float rounds nothing, and there is a dense model already.",
+            "It is for --from-scratch, as the dense counterpart of a ternary model.",
+        )
+    if scheme.method == "float" and scheme.skip:
+        raise RecipeError(
+            "--method float leaves every layer dense; --skip has no meaning beside it."
+        )
+    if compensated and (scratch or scheme.method != "dlt"):
+        beside = "--from-scratch" if scratch else f"--method {scheme.method}"
+        raise RecipeError(f"--start compensated rounds a trained model by DLT, not {beside}.")
+    if scheme.method != "dlt" and (training.scale_lr is not None or training.ste != "identity"):
+        one = "--ste" if training.ste != "identity" else "--scale-lr"
+        raise RecipeError(f"{one} is of --method dlt; {scheme.method} learns no scales.")
+
+
+def prepare(model: nn.Module, recipe: Recipe, notes: list[str]) -> tuple[Selection, Recipe]:
+    """Put the ternary layers in; returns them, and the recipe as it will be stored."""
+    scheme = settled(model, recipe.scheme)
+    if scheme.method == "absmean":
+        notes.append("Method absmean: one scale a matrix and no shift; a row stores it once.")
+    return linear.prepare(model, scheme, recipe.training.ste), replace(recipe, scheme=scheme)
+
+
+def refuse_own_text(specs: tuple[str, ...]) -> None:
+    """`InputError` where the text would be a teacher's and there is none."""
+    if has_own_text(specs):
+        raise InputError(
+            "There is no teacher to write the text that is trained on.",
+            "Name text with --data: a file, a folder, or a dataset of the hub.",
+        )
