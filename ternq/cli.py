@@ -22,7 +22,7 @@ from ternq import boundary, helptext, options
 from ternq.boundary import Payload, UsageMistake
 from ternq.errors import InputError
 from ternq.progress import Event, Progress
-from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge
+from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge, refuse_scratch
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
 
@@ -111,12 +111,10 @@ def ternarize(
     tasks = _names(settings["tasks"])
     _warn_of_gates(gates, tasks, progress)
     world = _world(device, settings) | {"progress": progress}
-    from ternq.ternarize import refuse_scratch
-    from ternq.ternarize import ternarize as verb
-
     refuse_scratch(made)
     if plan:
         return _plan(made, _path(out), world | {"overwrite": overwrite})
+    from ternq.ternarize import ternarize as verb
 
     result = verb(
         model,

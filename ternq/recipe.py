@@ -39,7 +39,9 @@ class Scheme:
     group_size: int = option(128, "Consecutive input columns that share one scale and shift.")
     shift: bool = option(True, "Learn a shift beside the scale (DLT); without: scale * code.")
     skip: tuple[str, ...] = option((), "Glob of linear layers to leave dense (repeatable).")
-    method: Method = option("dlt", "Ternary rule: dlt, absmean (TriLM); float rounds nothing.")
+    method: Method = option(
+        "dlt", "Ternary rule: dlt, absmean (TriLM); float rounds nothing.", hidden=True
+    )
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -184,6 +186,15 @@ def default_recipe(model: str) -> Recipe:
             raise RecipeError(f"{DEMO_STEPS} is '{steps}'; it is a number of steps.")
         settings["steps"] = int(steps)
     return Recipe(model=model, training=from_mapping(Training, settings))
+
+
+def refuse_scratch(recipe: Recipe) -> None:
+    """`RecipeError` for `ternarize`, which compares with the model that it is given."""
+    if recipe.training.from_scratch or recipe.scheme.method == "float":
+        raise RecipeError(
+            "ternarize makes a trained model ternary; a model from scratch is ternq distill's.",
+            "ternq distill MODEL --from-scratch --objective ce -o RUN, then ternq pack RUN",
+        )
 
 
 def display_name(model: str) -> str:

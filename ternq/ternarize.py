@@ -18,7 +18,7 @@ from ternq.measure import Limit
 from ternq.pack import pack
 from ternq.page import page, steps_of
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe
+from ternq.recipe import Recipe, refuse_scratch
 from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
@@ -119,15 +119,6 @@ def ternarize(
     write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
     runs.remove(run)
     return report
-
-
-def refuse_scratch(recipe: Recipe) -> None:
-    """`RecipeError` for a model from scratch: here is one that is made ternary and compared."""
-    if recipe.training.from_scratch or recipe.scheme.method == "float":
-        raise RecipeError(
-            "ternarize makes a trained model ternary; a model from scratch is ternq distill's.",
-            "ternq distill MODEL --from-scratch --objective ce -o RUN, then ternq pack RUN",
-        )
 
 
 def _held_out(measured: dict[str, Any]) -> dict[str, Any]:
