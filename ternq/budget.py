@@ -115,7 +115,8 @@ def families(settings: Training, by_blocks: bool) -> Iterator[list[tuple[Trainin
 
 def _changeable(settings: Training) -> bool:
     """Whether what learns may be chosen: these settings go with every choice."""
-    return (settings.train, settings.latent, settings.offload) == ("all", "float32", False)
+    chosen = (settings.train, settings.latent, settings.offload, settings.objective)
+    return chosen == ("all", "float32", False, "distill") and not settings.from_scratch
 
 
 def _variants(settings: Training) -> Iterator[tuple[Training, str]]:

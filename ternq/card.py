@@ -94,13 +94,16 @@ def _what(source: Source, about: Facts, base: Facts) -> str:
     name = str(base.get("name", "not recorded"))
     rows = [("base model", name if _HUB_ID.fullmatch(name) else name.rpartition("/")[2])]
     rows.append(("licence of the base model", base.get("license") or "not stated by it"))
-    rows.append(
-        (
-            "ternary",
-            f"{weights['coverage']:.1%} of {weights['parameters']:,} parameters: {form}, code in "
-            f"{{-1, 0, +1}}, groups of {source.group_size} columns",
+    if made := _scratch(about):
+        rows = [("weights", f"trained from scratch, with the configuration of {made}")]
+    if source.modules:
+        rows.append(
+            (
+                "ternary",
+                f"{weights['coverage']:.1%} of {weights['parameters']:,} parameters: {form}, code "
+                f"in {{-1, 0, +1}}, groups of {source.group_size} columns",
+            )
         )
-    )
     rows += [
         (label, f"{weights[key]:.3f} bits a weight")
         for label, key in (
@@ -111,7 +114,8 @@ def _what(source: Source, about: Facts, base: Facts) -> str:
         if weights.get(key) is not None
     ]
     verify = about["verify"]
-    proof = f"{verify['checked']} layers read back and compared with what was written, to the bit"
+    what = f"{verify['checked']} layers" if source.modules else "every tensor"
+    proof = f"{what} read back and compared with what was written, to the bit"
     if verify.get("reader"):
         proof += f", by {verify['reader']}"
     if verify.get("max_abs_logit_diff") is not None:
@@ -161,8 +165,7 @@ def _recipe(about: Facts) -> str | None:
     training = recipe["training"]
     steps = training.get("steps")
     size = training["batch_size"] * training["sequence_length"]
-    learned = "scale and shift" if recipe["scheme"]["shift"] else "scale"
-    rows = [("method", f"DLT (learned {learned} of each group) with OFF (feature cosine)")]
+    rows = [("method", _method(recipe))]
     if steps is not None:
         length = f"{steps:,} steps, {steps * size:,} tokens, seed {recipe['seed']}"
         rows.append(("training", length))
@@ -173,9 +176,30 @@ def _recipe(about: Facts) -> str | None:
     rows += [(f"SHA-256 of {name}", f"`{digest}`") for name, digest in hashes.items()]
     text = _table(("", ""), rows)
     replay = json.dumps(recipe, indent=1, ensure_ascii=False)
-    said = "The recipe, which `ternq ternarize MODEL --recipe FILE` replays from a file:"
+    verb = "distill" if training.get("from_scratch") else "ternarize"
+    said = f"The recipe, which `ternq {verb} MODEL --recipe FILE` replays from a file:"
     recipe_text = f"{said}\n\n```json\n{replay}\n```\n"
     return f"## How it was trained\n\n{text}\n{recipe_text}"
+
+
+def _method(recipe: Facts) -> str:
+    scheme, training = recipe["scheme"], recipe["training"]
+    learned = "scale and shift" if scheme["shift"] else "scale"
+    rule = {
+        "absmean": "TriLM (absmean, one scale a matrix)",
+        "float": "dense, in floating point",
+    }.get(scheme.get("method", "dlt"), f"DLT (learned {learned} of each group)")
+    alone = training.get("objective") == "ce"
+    return f"{rule} with {'cross-entropy alone' if alone else 'OFF (feature cosine)'}"
+
+
+def _scratch(about: Facts) -> str | None:
+    """The model whose configuration a model from scratch has; None if it is not from scratch."""
+    recipe = about.get("recipe") or {}
+    if not (recipe.get("training") or {}).get("from_scratch"):
+        return None
+    name = str(recipe.get("model"))
+    return name if _HUB_ID.fullmatch(name) else name.rpartition("/")[2]
 
 
 def _made(about: Facts) -> str | None:

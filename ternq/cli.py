@@ -22,7 +22,7 @@ from ternq import boundary, helptext, options, processes
 from ternq.boundary import Payload, UsageMistake
 from ternq.errors import InputError
 from ternq.progress import Event, Progress
-from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge
+from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge, refuse_scratch
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
 
@@ -113,6 +113,7 @@ def ternarize(
     tasks = _names(settings["tasks"])
     _warn_of_gates(gates, tasks, progress)
     world = _world(device, settings) | {"progress": progress}
+    refuse_scratch(made)
     if plan:
         return _plan(made, _path(out), world | {"overwrite": overwrite, "memory": memory})
     from ternq.ternarize import ternarize as verb

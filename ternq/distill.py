@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, optimize, processes, runs, snapshots, trackers
+from ternq import budget, checkpoint, hf, optimize, processes, runs, scratch, snapshots, trackers
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
 from ternq.frozen import fold, plain_state
 from ternq.linear import (
+    AbsmeanLinear,
     Selection,
     TernaryLinear,
     decoder_blocks,
     group_rule,
     packed_layers,
+    prepare,
     ternary_layers,
 )
 from ternq.perplexity import BLOCK, token_perplexity
@@ -44,7 +46,7 @@ class Prepared:
     """Everything the loop needs, checked; nothing is trained or written yet."""
 
     recipe: Recipe
-    teacher: hf.Loaded
+    teacher: hf.Loaded | None  # None: learns from text alone
     student: hf.Loaded
     selection: Selection
     corpus: corpora.Corpus
@@ -230,26 +232,39 @@ def prepare_run(
         "trust_remote_code": trust_remote_code,
     }
     notes = list(notes)
-    base = hf.load(model, dtype=torch.float32, progress=progress, **options)
+    scratch.check(recipe, teacher)
+    if recipe.training.from_scratch:
+        base = hf.drawn(model, recipe.seed, progress=progress, **options)
+    else:
+        base = hf.load(model, dtype=torch.float32, progress=progress, **options)
     if "auto_map" in vars(base.model.config):
         raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
+    big: hf.Loaded | None
     if base.kind == "dense":
+        recipe = replace(recipe, scheme=scratch.settle(base.model, recipe.scheme, notes))
+    if recipe.training.from_scratch:
+        big = None if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
+        student, selection = base, prepare(base.model, recipe.scheme, recipe.training.ste)
+    elif base.kind == "dense":
         big = base if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
         pupil, selection = student_of(base.model, recipe.scheme, recipe.training)
         student = replace(base, model=pupil)
     else:
-        big, student = _from_ternary(base, teacher, options), base
+        alone = recipe.training.objective == "ce" and _recorded_base(base) is None
+        big, student = None if alone else _from_ternary(base, teacher, options), base
         selection, recipe = _selection_of(student, recipe)
         if recipe.training.start != "closed-form":
             notes.append("Start: the codes that the model has; --start is for dense models.")
-    _same_shape(big, student)
-    big.model.requires_grad_(False)
-    if rule := group_rule(selection, recipe.scheme.group_size):
+    if big is not None:
+        _same_shape(big, student)
+        big.model.requires_grad_(False)
+    rule = group_rule(selection, recipe.scheme.group_size)
+    if rule and recipe.scheme.method == "dlt":
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
-    taught = recipe.base if big is base else hf.fingerprint(big.model)
-    wanted = recipe.training.data
-    specs, note = processes.from_main(lambda: corpora.choose(big, wanted, offline))
+    taught = "" if big is None else recipe.base if big is base else hf.fingerprint(big.model)
+    wanted, writer = recipe.training.data, big or student
+    specs, note = processes.from_main(lambda: corpora.choose(writer, wanted, offline))
     if record is not None and not recipe.training.data:
         specs, note = tuple(record.get("data", ())), None
     notes += [note] if note else []
@@ -257,13 +272,15 @@ def prepare_run(
         notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
     for note in notes:
         progress(Event("plan", note))
+    if big is None:
+        scratch.refuse_own_text(specs)
     if not open_text and corpora.has_own_text(specs):
         text = corpora.unwritten(specs)
     else:
         whole = recipe
         text = processes.main_first(
             lambda: corpora.corpus(
-                big, whole, specs, offline=offline, progress=progress, cache=cache
+                writer, whole, specs, offline=offline, progress=progress, cache=cache
             )
         )
     return Prepared(recipe, big, student, selection, text, notes, taught, base.kind == "dense")
@@ -333,7 +350,10 @@ def _recorded_base(base: hf.Loaded) -> str | None:
         record = checkpoint.read_manifest(base.path)
     else:  # an artefact that was loaded and saved again
         return None
-    model = record.get("recipe", {}).get("model")
+    recipe = record.get("recipe", {})
+    if (recipe.get("training") or {}).get("from_scratch"):
+        return None
+    model = recipe.get("model")
     return model if isinstance(model, str) else None
 
 
@@ -347,7 +367,11 @@ def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe
     if hasattr(student.model.config, "quantization_config"):
         del student.model.config.quantization_config
     first = next(iter(layers.values()))
-    scheme = Scheme(group_size=first.group_size, shift=first.weight_shift is not None)
+    scheme = Scheme(
+        group_size=first.group_size,
+        shift=first.weight_shift is not None,
+        method="absmean" if isinstance(first, AbsmeanLinear) else "dlt",
+    )
     if recipe.scheme not in (scheme, Scheme()):
         raise RecipeError(
             f"'{student.source}' is ternary already, with --group-size {scheme.group_size} and "
@@ -395,7 +419,7 @@ def train_run(
     prepared.selection.chosen.clear()  # dense layers, whose weights `--train` may let go
     trainer = Trainer(
         student=student.model,
-        teacher=prepared.teacher.model,
+        teacher=prepared.teacher and prepared.teacher.model,
         blocks=prepared.corpus.blocks,
         settings=recipe.training,
         steps=0,
@@ -455,8 +479,9 @@ def _measured(prepared: Prepared, record: dict[str, Any], progress: Progress) ->
     """Perplexities of the teacher and of the start, unless an earlier command took them."""
     if "untrained" in record:
         return {}
+    teacher = prepared.teacher
     return {
-        "teacher": perplexity(prepared, prepared.teacher, progress, "teacher"),
+        "teacher": teacher and perplexity(prepared, teacher, progress, "teacher"),
         "untrained": perplexity(prepared, prepared.student, progress, "untrained"),
     }
 
@@ -464,6 +489,7 @@ def _measured(prepared: Prepared, record: dict[str, Any], progress: Progress) ->
 def _cached(prepared: Prepared, trainer: Trainer, out: Path, progress: Progress) -> CachedTeacher:
     """The teacher's outputs on the text of the run, made or gone on with; its decoder is freed."""
     processes.refuse_many("--cache-teacher")
+    assert prepared.teacher is not None, "it is refused without one"
     settings, model = prepared.recipe.training, prepared.teacher.model
     key = {"teacher": hf.fingerprint(model), "length": settings.sequence_length}
     return cached_teacher(
@@ -543,7 +569,7 @@ def _per_word(measured: dict[str, Any], prepared: Prepared) -> float | None:
     Words are what lies between white space, as in lm-eval.
     """
     ids = prepared.corpus.held_out[: measured["tokens"]]
-    words = len(prepared.teacher.tokenizer.decode(ids, skip_special_tokens=True).split())
+    words = len(prepared.student.tokenizer.decode(ids, skip_special_tokens=True).split())
     if not words:
         return None
     try:

@@ -143,6 +143,8 @@ def _counted(
         for model in (teacher, twin):
             del decoder_blocks(model)[1][blocks:]
         student = student_of(teacher, scheme, settings, twin)[0]
+        if settings.from_scratch and settings.objective == "ce":
+            teacher = None
         del twin, model
         alive.peak = alive.now
         ids = torch.zeros(settings.sequence_length, dtype=torch.int64)

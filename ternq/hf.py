@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ternq import checkpoint, processes, structure
 from ternq.errors import InputError, ResourceError, VerificationError
 from ternq.formats.gguf_file import Q2_0, Header
-from ternq.linear import TernaryLinear, packed_layers
+from ternq.linear import layer_class, packed_layers
 from ternq.modeling_ternq import (
     METHOD,
     Int8,
@@ -99,6 +99,47 @@ def load(
     stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
     return Loaded(
         _to(loaded.eval(), device), tokenizer, display_name(model), model, kind, path, stored
+    )
+
+
+def drawn(
+    model: str,
+    seed: int,
+    *,
+    device: str = "cpu",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = ignore,
+) -> Loaded:
+    """A model of the configuration and tokenizer of ``model``, in float32, with new weights.
+
+    They are drawn as the architecture itself initialises them, on the CPU, and depend on ``seed``
+    alone. No weights need to be there; those that are there are not read.
+
+    Raises:
+        InputError: configuration or tokenizer is missing, damaged, or not of a causal language
+            model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = local_path(model)
+    progress(Event("load", f"Drawing new weights for the configuration of {model}"))
+    base = path if path is None or not (path / RUN_FILE).is_file() else path / BASE_FOLDER
+    where, options = _where(model, base, weights=False)
+    options |= {"local_files_only": offline, "trust_remote_code": trust_remote_code}
+    build: Any = AutoModelForCausalLM.from_config
+    with _in_words(model, offline), torch.random.fork_rng(devices=[]):
+        config = _config(model, where, options)
+        own = getattr(config, "dtype", None)
+        for name in ("quantization_config", "auto_map") if quantized_by(config) else ():
+            if hasattr(config, name):
+                delattr(config, name)
+        tokenizer = _tokenizer(model, where, options)
+        torch.manual_seed(seed)
+        new = build(config, dtype=torch.float32)
+    stored = own if isinstance(own, torch.dtype) else torch.float32
+    return Loaded(
+        _to(new.eval(), device), tokenizer, display_name(model), model, "dense", path, stored
     )
 
 
@@ -454,7 +495,8 @@ def _load_run(model: str, path: Path, device: str) -> Loaded:
     load_state(loaded, checkpoint.load_tensors(path / STUDENT_FILE), str(path / STUDENT_FILE))
     stored = getattr(torch, str(run["dtype"]))
     name = display_name(recipe.model)
-    return Loaded(_to(loaded.eval(), device), tokenizer, name, model, "run", path, stored)
+    kind: Kind = "run" if run["modules"] else "dense"  # of --method float
+    return Loaded(_to(loaded.eval(), device), tokenizer, name, model, kind, path, stored)
 
 
 def refuse_unfinished(run: Path) -> None:
@@ -476,14 +518,14 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def put_ternary(model: nn.Module, names: list[str], recipe: Recipe) -> None:
-    """Swap empty `TernaryLinear` layers in under the given names, for a state to be loaded."""
+    """Swap empty ternary layers in under the given names, for a state to be loaded."""
     modules = dict(model.named_modules())
     for name in names:
         layer = modules.get(name)
         if layer is None or not is_linear(layer):
             raise InputError(f"'{name}' is no linear layer of {type(model).__name__}.")
         in_features, out_features = features(layer)
-        new = TernaryLinear(
+        new = layer_class(recipe.scheme)(
             in_features,
             out_features,
             bias=getattr(layer, "bias", None) is not None,
@@ -494,7 +536,7 @@ def put_ternary(model: nn.Module, names: list[str], recipe: Recipe) -> None:
         model.set_submodule(name, new)
 
 
-def _where(model: str, path: Path | None) -> tuple[str, dict[str, Any]]:
+def _where(model: str, path: Path | None, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
     """What transformers is asked for, and the options that go with it."""
     if path is None:
         return model, {}
@@ -520,7 +562,7 @@ def _where(model: str, path: Path | None) -> tuple[str, dict[str, Any]]:
             "Name a Hugging Face model folder, a .gguf file (the file, not its folder), a hub id, "
             "or 'demo'.",
         )
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         raise InputError(
             f"'{model}' holds no safetensors file.",
             "Weights in pickle files (.bin) are not read: save the model again as safetensors.",

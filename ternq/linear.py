@@ -8,14 +8,14 @@ were, so that checkpoints, tied weights and ``repr(model)`` tell the truth.
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import processes, ternary
+from ternq import absmean, processes, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import Scheme, Ste
@@ -194,6 +194,60 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
 
 
+class AbsmeanLinear(TernaryLinear):
+    """The same by TriLM's rule: one scale for the whole matrix, taken from the latent weight.
+
+    Nothing but ``weight`` and ``bias`` is learned or stored in training. ``group_size`` is that of
+    the stored form, which repeats the scale for every row.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group_size: int,
+        shift: bool = False,
+        ste: Ste = "identity",
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias=bias)
+        self.group_size, self.ste = group_size, ste
+        self.weight_shift = None
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, scheme: Scheme, ste: Ste = "identity") -> "AbsmeanLinear":
+        """The layer's weight as the latent one."""
+        weight, bias = dense_weight(layer), getattr(layer, "bias", None)
+        with torch.device("meta"):
+            new = cls(
+                weight.shape[1],
+                weight.shape[0],
+                bias=bias is not None,
+                group_size=scheme.group_size,
+            )
+        new.weight = layer.weight if isinstance(layer, nn.Linear) else nn.Parameter(weight)
+        new.bias = bias
+        return new.train(layer.training)
+
+    @property
+    def weight_scale(self) -> Tensor:  # type: ignore[override]  # computed, where DLT learns it
+        """The scale in use, repeated: float ``[out, groups]``."""
+        return absmean.scales(self.weight.detach(), self.group_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = absmean.fake_quantize(self.weight)
+        return F.linear(input, weight.to(input.dtype), self.bias)
+
+    def codes(self) -> Tensor:
+        return absmean.quantize(self.weight.detach()).to(torch.int8)
+
+
+def layer_class(scheme: Scheme) -> type[TernaryLinear]:
+    """The layer of a scheme's method."""
+    return AbsmeanLinear if scheme.method == "absmean" else TernaryLinear
+
+
 Ternary = TernaryLinear | PackedLinear
 
 
@@ -264,11 +318,36 @@ def select(model: nn.Module, scheme: Scheme) -> Selection:
 
 
 def prepare(model: nn.Module, scheme: Scheme, ste: Ste = "identity") -> Selection:
-    """Put `TernaryLinear` in the place of every selected layer, at its closed-form start."""
+    """Put a ternary layer in the place of every selected one, at its closed-form start.
+
+    With the method ``float`` nothing is selected.
+    """
+    if scheme.method == "float":
+        return Selection()
     selection = select(model, scheme)
+    made = layer_class(scheme)
     for name, layer in selection.chosen.items():
-        model.set_submodule(name, TernaryLinear.from_dense(layer, scheme, ste))
+        model.set_submodule(name, made.from_dense(layer, scheme, ste))
     return selection
+
+
+def settled(model: nn.Module, scheme: Scheme) -> Scheme:
+    """The scheme as it is stored: absmean has no shift, and a group is the widest row.
+
+    Raises:
+        RecipeError: another group size was asked for.
+    """
+    if scheme.method != "absmean":
+        return scheme
+    chosen = select(model, replace(scheme, group_size=1)).chosen
+    widest = max(features(layer)[0] for layer in chosen.values())
+    if scheme.group_size not in (Scheme().group_size, widest):
+        raise RecipeError(
+            f"--method absmean has one scale a matrix; --group-size {scheme.group_size} asks for "
+            "more.",
+            "Leave --group-size out.",
+        )
+    return replace(scheme, group_size=widest, shift=False)
 
 
 def ternary_layers(model: nn.Module) -> dict[str, TernaryLinear]:

@@ -17,6 +17,7 @@ from ternq.errors import RecipeError
 from ternq.linear import TernaryLinear
 from ternq.modeling_ternq import is_linear
 from ternq.recipe import Training
+from ternq.schedule import decays, rate
 
 BETAS = (0.9, 0.95)
 _PIECES = ("codes", "scale")  # of torchao's 8-bit state; the rest follows from them
@@ -38,10 +39,12 @@ def refuse(settings: Training, device: str) -> None:
 def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """AdamW over the latent weights, over scales and shifts, and over norms and biases.
 
-    Embeddings, output head and linear weights that were skipped stay as the teacher has them.
+    Embeddings, output head and linear weights that were skipped stay as the teacher has them; from
+    scratch they learn as well: embeddings and head without weight decay, as norms and biases.
     Where ``--train`` freezes the weights, norms and biases are frozen too.
     """
     refuse(settings, str(next(student.parameters()).device))
+    head = getattr(student, "get_output_embeddings", lambda: None)()
     scale_lr = settings.lr if settings.scale_lr is None else settings.scale_lr
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "rest": []}
     seen: set[int] = set()
@@ -51,6 +54,9 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
                 continue
             seen.add(id(parameter))
             kind = kind_of(module, name)
+            if kind is None and settings.from_scratch:
+                plain = isinstance(module, nn.Embedding) or module is head
+                kind = "rest" if plain else "weights"
             kind = None if kind == "rest" and settings.train != "all" else kind
             parameter.requires_grad_(kind is not None)
             if kind is not None:
@@ -59,7 +65,13 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
     rates = {"weights": settings.lr, "scales": scale_lr, "rest": settings.lr}
     return _adamw(
         [
-            {"params": p, "lr": rates[k], "peak_lr": rates[k], "weight_decay": decay.get(k, 0.0)}
+            {
+                "params": p,
+                "lr": rates[k],
+                "peak_lr": rates[k],
+                "weight_decay": decay.get(k, 0.0),
+                "first_decay": decay.get(k, 0.0),
+            }
             for k, p in groups.items()
             if p
         ],
@@ -102,22 +114,18 @@ def kind_of(module: nn.Module, name: str) -> str | None:
 def set_rate(
     optimizer: torch.optim.Optimizer, step: int, steps: int, settings: Training, factor: float = 1.0
 ) -> float:
-    """Give every group its rate of this step, times ``factor``; returns that of the weights."""
-    now = factor * rate(step, steps, settings.warmup)
+    """Give every group its rate and weight decay of this step; returns the rate of the weights.
+
+    Rates are multiplied by ``factor``.
+    """
+    now, decaying = factor * rate(step, steps, settings), decays(step, steps, settings)
     for group in optimizer.param_groups:
+        group["weight_decay"] = group["first_decay"] if decaying else 0.0
         if isinstance(group["lr"], Tensor):  # torchao's
             group["lr"].fill_(group["peak_lr"] * now)
         else:
             group["lr"] = group["peak_lr"] * now
     return settings.lr * now
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up to 1, then linear decay to 0 after the last step."""
-    rising = max(1, round(steps * warmup))
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return max(0.0, (steps - step) / max(1, steps - rising))
 
 
 def take_step(

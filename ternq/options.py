@@ -124,7 +124,7 @@ def _settings(part: Any) -> Iterator[inspect.Parameter]:
         advanced = part is Training and item.name not in EVERYDAY
         settings = {
             "panel": "Advanced training" if advanced else part.__doc__,
-            "hidden": advanced,
+            "hidden": advanced or item.metadata["hidden"],
             "help": text,
             "metavar": _metavar(hint),
             "show_default": said.rstrip("]") or _shown(item.default),

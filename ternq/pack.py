@@ -75,6 +75,7 @@ def pack(
     checkpoint.check_output(out, overwrite)
     with _opened(model, group_size, skip, offline, progress) as source:
         _refuse_input(model, out)
+        _refuse_dense(source, format)
         _check_room(source, format, options, out)
         with checkpoint.staging(out, overwrite) as staged:
             if format == "ternq":
@@ -230,7 +231,7 @@ def _foreign(
         "encoding": exported.encoding,
         "weights": {
             "coverage": linear / source.parameters,
-            "bpw_linear": exported.bits / linear,
+            "bpw_linear": exported.bits / linear if linear else None,
             "bpw_embeddings": _embedding_bits(source, format, exported.encoding),
             "bpw_file": 8 * size / source.parameters,
             "bytes": size,
@@ -258,6 +259,14 @@ def _embedding_bits(source: Source, format: str, encoding: str) -> float | None:
     if format == "gguf":  # which keeps every dense matrix in its type
         return float(8 * max(table[0].itemsize for table in tables if table))
     return 32.0 if "float32" in encoding else 16.0
+
+
+def _refuse_dense(source: Source, format: str) -> None:
+    if not source.modules and format != "dense":
+        raise InputError(
+            f"'{source.name}' is a dense run (--method float): there are no codes to pack.",
+            "--format dense writes it as a folder for transformers.",
+        )
 
 
 def _refuse_rounding(source: Source, exact: bool) -> None:
@@ -307,6 +316,8 @@ def _dtype_note(of_model: torch.dtype, stored: torch.dtype) -> str | None:
 
 def _dense(source: Source) -> list[Dense]:
     """What stays dense, and why; a linear layer inside the blocks was skipped."""
+    if not source.modules:
+        return []
     blocks = decoder_blocks(source.skeleton)[0] + "."
     inside = {n for n, m in source.skeleton.named_modules() if is_linear(m)}
     ternary = set(source.modules)

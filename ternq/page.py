@@ -155,9 +155,10 @@ def _verdict(payload: Payload) -> dict[str, str] | None:
 
 def _figures(payload: Payload) -> Iterator[tuple[str, str, str]]:
     """The few numbers that one wants first: (value, name, remark)."""
-    if teacher := payload.get("teacher"):
-        student = payload.get("student") or {}
-        remark = f"{number(teacher.get('perplexity'))} before, in 16 bits"
+    teacher, student = (payload.get(who) or {} for who in ("teacher", "student"))
+    if student:
+        before = f"{number(teacher.get('perplexity'))} before, in 16 bits"
+        remark = before if teacher else "trained from scratch"
         yield number(student.get("perplexity")), "token perplexity", remark
     if closed := report.gap_closed(payload):
         yield f"{closed:.1%}", "of the gap closed", "of the log perplexity that rounding loses"

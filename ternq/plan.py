@@ -90,13 +90,16 @@ def _times(
 ) -> dict[str, Any]:
     """How long the parts of it take, from a few steps and a few pages measured here."""
     progress(Event("plan", "Measuring how fast this machine trains and reads"))
-    student, teacher = prepared.student.model, prepared.teacher.model
+    student = prepared.student.model
+    teacher = prepared.teacher and prepared.teacher.model
     length = min(BLOCK, hf.max_length(student))
     with torch.no_grad():
-        reading = [tokens_per_second(m.eval(), length) for m in (teacher, student)]
+        reading = tokens_per_second(student.eval(), length)
+        passes = (PASSES - 1) / reading
+        passes += 1 / tokens_per_second(teacher.eval(), length) if teacher else 0.0
     trainer = Trainer(
         student=student,
-        teacher=teacher,
+        teacher=prepared.teacher and prepared.teacher.model,
         blocks=iter(()),
         settings=prepared.recipe.training,
         steps=1,
@@ -108,7 +111,7 @@ def _times(
     parts = {
         "loading": loading,
         "training": training["seconds"],
-        "evaluation": held_out * (1 / reading[0] + (PASSES - 1) / reading[1]),
+        "evaluation": held_out * passes,
         "packing": loading,  # written, read back and loaded again
     }
     return {"training": training, "seconds": parts | {"total": sum(parts.values())}}

@@ -24,6 +24,9 @@ Start = Literal["closed-form", "compensated", "reconstructed"]
 Train = Literal["all", "scales", "low-rank"]
 Optimizer = Literal["adamw", "adamw-8bit"]
 Latent = Literal["float32", "bfloat16"]
+Method = Literal["dlt", "absmean", "float"]
+Objective = Literal["distill", "ce"]
+Schedule = Literal["linear", "cosine"]
 Part = TypeVar("Part", "Scheme", "Training")
 
 
@@ -39,6 +42,9 @@ class Scheme:
     group_size: int = option(128, "Consecutive input columns that share one scale and shift.")
     shift: bool = option(True, "Learn a shift beside the scale (DLT); without: scale * code.")
     skip: tuple[str, ...] = option((), "Glob of linear layers to leave dense (repeatable).")
+    method: Method = option(
+        "dlt", "Ternary rule: dlt, absmean (TriLM); float rounds nothing.", hidden=True
+    )
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -88,6 +94,11 @@ class Training:
     offload: bool = option(False, "Optimizer states in the host's memory (CUDA, torchao).")
     keep_checkpoints: int = option(2, "Checkpoints that are kept.")
     retreats: int = option(0, "Times to go back when training diverges, each with half the rate.")
+    objective: Objective = option("distill", "Learn from a teacher, or from text alone (ce).")
+    from_scratch: bool = option(False, "Draw the weights; MODEL gives only its configuration.")
+    schedule: Schedule = option("linear", "How the rate decays after warm-up.")
+    lr_second: float | None = option(None, "Peak rate from half of the steps on. [default: --lr]")
+    decay_until: float = option(1.0, "Share of the steps after which weight decay ends.")
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.steps is not None:
@@ -100,13 +111,16 @@ class Training:
         for name in ("tokens", "steps", "retreats", "reconstruction_epochs"):
             if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{flag(name)} is negative.")
-        for name in ("lr", "scale_lr", "warmup", "weight_decay", "clip", "off", "kl", "ce",
-                     "reconstruction_lr"):  # fmt: skip
+        rates = ("lr", "lr_second", "scale_lr", "reconstruction_lr")
+        for name in (*rates, "warmup", "weight_decay", "clip", "off", "kl", "ce", "decay_until"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RecipeError(f"{flag(name)} is {value}; it is a finite number, at least 0.")
         if self.sequence_length < 2:
             raise RecipeError("--sequence-length is 1; predicting needs at least 2 tokens.")
+        self._check_schedule()
+        if self.objective == "ce":
+            self._only_cross_entropy()
         if self.off == self.kl == self.ce == 0:
             raise RecipeError("--off, --kl and --ce are all 0.", "Nothing would be learned.")
         if self.cache_teacher and self.retreats:
@@ -131,6 +145,25 @@ class Training:
                 "freezes them, in one byte each.",
                 "Leave --latent out.",
             )
+
+    def _check_schedule(self) -> None:
+        if not 0 <= self.decay_until <= 1:
+            raise RecipeError(f"--decay-until is {self.decay_until}; it is a share, 0 to 1.")
+        if self.lr_second is not None and self.lr == 0:
+            raise RecipeError("--lr-second is a second peak of a rate that --lr 0 switches off.")
+
+    def _only_cross_entropy(self) -> None:
+        """Take the teacher's terms out, unless they were asked for by other than their defaults."""
+        usual = defaults(Training)
+        for name in ("off", "kl"):
+            if getattr(self, name) not in (0, usual[name]):
+                raise RecipeError(
+                    f"--objective ce learns from text alone; {flag(name)} {getattr(self, name):g} "
+                    "is a term of the teacher.",
+                    f"Leave {flag(name)} out, or --objective.",
+                )
+            object.__setattr__(self, name, 0.0)
+        object.__setattr__(self, "ce", self.ce or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +227,15 @@ def default_recipe(model: str) -> Recipe:
             raise RecipeError(f"{DEMO_STEPS} is '{steps}'; it is a number of steps.")
         settings["steps"] = int(steps)
     return Recipe(model=model, training=from_mapping(Training, settings))
+
+
+def refuse_scratch(recipe: Recipe) -> None:
+    """`RecipeError` for `ternarize`, which compares with the model that it is given."""
+    if recipe.training.from_scratch or recipe.scheme.method == "float":
+        raise RecipeError(
+            "ternarize makes a trained model ternary; a model from scratch is ternq distill's.",
+            "ternq distill MODEL --from-scratch --objective ce -o RUN, then ternq pack RUN",
+        )
 
 
 def display_name(model: str) -> str:

@@ -153,7 +153,8 @@ def facts(payload: Payload) -> Iterator[tuple[str, str]]:
     if closed := gap_closed(payload):
         text = payload["student"]["text"]
         yield "gap closed", f"{closed:.1%} of the log perplexity that rounding loses, on {text}"
-    if weights := payload.get("weights"):
+    weights = payload.get("weights")
+    if weights and weights["coverage"]:
         ternary = f"{weights['coverage']:.1%} of the parameters"
         zeros = weights.get("zero_share")
         yield "ternary", ternary + (f"; {zeros:.1%} of their codes are zero" if zeros else "")
@@ -206,7 +207,8 @@ def _cached(pairs: Sequence[Sequence[str]]) -> str:
 
 def gap_closed(payload: Payload) -> float | None:
     """The share of (log untrained - log teacher) that training won back, where it is defined."""
-    found = [payload.get(who, {}).get("perplexity") for who in ("teacher", "untrained", "student")]
+    measured = [payload.get(who) or {} for who in ("teacher", "untrained", "student")]
+    found: list[Any] = [own.get("perplexity") for own in measured]
     if not all(isinstance(p, int | float) and isfinite(p) and p > 0 for p in found):
         return None
     teacher, untrained, student = map(log, found)
@@ -218,10 +220,11 @@ def _quality(payload: Payload) -> Table:
     packed = _cells(weights, _size(payload))
     dense = ("16", "16", "16", size(weights["bytes_dense_bf16"]))
     steps = (payload.get("training") or {}).get("steps")
+    kind = "ternary" if weights["coverage"] else "dense"
     rows_of = {
         "teacher": ("teacher (bf16)", dense),
-        "untrained": ("only rounded", packed),
-        "student": ("ternary, trained" if steps else "the same, packed", packed),
+        "untrained": ("only rounded" if payload.get("teacher") else "as drawn", packed),
+        "student": (f"{kind}, trained" if steps else "the same, packed", packed),
     }
     rows = [
         (label, number(payload[who]["perplexity"]), *cells)
@@ -278,7 +281,8 @@ def _next(payload: Payload) -> str:
     out = shlex.quote(str(payload["out"]))
     out = f"./{out}" if out.startswith("-") else out
     if payload.get("command") == "distill":
-        return f"ternq pack {out}"
+        ternary = payload["weights"]["coverage"]
+        return f"ternq pack {out}" + ("" if ternary else " --format dense")
     if payload.get("format", "ternq") != "ternq":
         return f"{out}/README.md says how to load it"
     return f'ternq generate {out} "Once"'

@@ -192,6 +192,8 @@ def begin(
         **identity,
         "base_model": {"name": recipe.model, "license": licence},
     }
+    if recipe.training.from_scratch:  # nothing of a base model is in it, nor its licence
+        del record["base_model"]
     checkpoint.write_json(out / hf.RUN_FILE, record)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, packing, ternary
+from ternq import absmean, checkpoint, hf, packing, ternary
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
@@ -151,6 +151,8 @@ def open_run(folder: Path) -> Source:
     parts = stored_names(run["modules"])
 
     def layer(name: str) -> TernaryWeight:
+        if scheme.method == "absmean":
+            return _stored(name, absmean.numbers(tensors[f"{name}.weight"], scheme.group_size))
         codes = ternary.quantize(tensors[f"{name}.weight"], scheme.group_size)
         shift = tensors[f"{name}.weight_shift"] if scheme.shift else None
         scale = tensors[f"{name}.weight_scale"]
@@ -281,7 +283,7 @@ def _measured(run: Path) -> dict[str, Any]:
         return {}
     report = checkpoint.read_json(run / hf.REPORT)
     names = {"teacher": str(report.get("model")), "student": "the trained run, before packing"}
-    found = {name: report[who] for who, name in names.items() if who in report}
+    found = {name: report[who] for who, name in names.items() if report.get(who)}
     keys = {"token_perplexity": "perplexity", "word_perplexity": "word_perplexity"}
     results = {
         name: {"held-out": {ours: own[key] for ours, key in keys.items() if own.get(key)}}

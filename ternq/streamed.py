@@ -46,6 +46,12 @@ class Streamed(distill.Prepared):
     walk: Walk | None = None
 
     @property
+    def dense_model(self) -> hf.Loaded:
+        """The teacher, without weights."""
+        assert self.teacher is not None
+        return self.teacher
+
+    @property
     def settings(self) -> Training:
         """Those of the recipe."""
         return self.recipe.training
@@ -53,7 +59,7 @@ class Streamed(distill.Prepared):
     @property
     def length(self) -> int:
         """Tokens in a block of the held-out text."""
-        longest = min(BLOCK, hf.max_length(self.teacher.model))
+        longest = min(BLOCK, hf.max_length(self.dense_model.model))
         return min(longest, len(self.corpus.held_out))
 
 
@@ -149,7 +155,7 @@ def source(prepared: Streamed, out: Path) -> Source:
     walk = prepared.walk
     assert walk is not None
     modules = tuple(ternary_layers(prepared.student.model))
-    skeleton, scheme = prepared.teacher.model, prepared.recipe.scheme
+    skeleton, scheme = prepared.dense_model.model, prepared.recipe.scheme
     made: dict[str, checkpoint.TensorFolder] = {}
     for path in sorted((out / runs.BLOCKS).glob("*.safetensors")):
         made |= dict.fromkeys(tensors := checkpoint.TensorFolder(path.parent, path.name), tensors)
@@ -170,7 +176,7 @@ def source(prepared: Streamed, out: Path) -> Source:
         return made[name][name] if name in made else walk.dense(name)
 
     return of_stored(
-        prepared.teacher, walk.folder, out, modules, others, scheme, layer=layer, tensor=tensor
+        prepared.dense_model, walk.folder, out, modules, others, scheme, layer=layer, tensor=tensor
     )
 
 

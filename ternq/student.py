@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ternq.linear import Selection, decoder_blocks, prepare
+from ternq.linear import Selection, decoder_blocks, prepare, settled
 from ternq.optimize import kind_of
 from ternq.recipe import Scheme, Training
 
@@ -20,13 +20,13 @@ def student_of(
     ``twin`` is made the student, where a copy of the teacher stands there already.
     """
     frozen = settings.train != "all" and settings.start == "closed-form"
-    kept = _kept(teacher, frozen)
+    kept = {} if settings.from_scratch else _kept(teacher, frozen)
     if twin is None:
         twin = copy.deepcopy(teacher, {id(p): p for p in kept.values()})
     for name, parameter in kept.items():
         module, _, own = name.rpartition(".")
         setattr(twin.get_submodule(module), own, parameter)
-    return twin, prepare(twin, scheme, settings.ste)
+    return twin, prepare(twin, settled(twin, scheme), settings.ste)
 
 
 def _kept(model: nn.Module, frozen: bool) -> dict[str, nn.Parameter]:

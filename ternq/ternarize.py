@@ -19,7 +19,7 @@ from ternq.measure import Limit
 from ternq.pack import pack
 from ternq.page import page, steps_of
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe
+from ternq.recipe import Recipe, refuse_scratch
 from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
@@ -58,6 +58,7 @@ def ternarize(
         RecipeError: ``out`` holds something else; see `ternq.distill.distill` for the rest.
     """
     trackers.check(log_with)
+    refuse_scratch(recipe)
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}

@@ -61,6 +61,8 @@ class Watch:
 
     def due(self, step: int, steps: int) -> bool:
         """Whether this step, counted from 0, is one of the few that are looked at."""
+        if not self.initial:  # a dense model has no codes to look at
+            return False
         every = max(1, round(steps * DIAGNOSE_SHARE))
         return step % every == 0 or step == steps - 1
 

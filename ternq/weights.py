@@ -50,12 +50,14 @@ class Tally:
         bits = self.linear_bits + self.embedding_bits + self.other_bits
         return {
             "coverage": self.linear / everything,
-            "bpw_linear": self.linear_bits / self.linear,
+            "bpw_linear": self.linear_bits / self.linear if self.linear else None,
             "bpw_embeddings": self.embedding_bits / self.embedding if self.embedding else None,
             "bpw_total": bits / everything,
             "bytes": bits // 8,
             "bytes_dense_bf16": 2 * everything,
-            "zero_share": None if self.zeros is None else self.zeros / self.linear,
+            "zero_share": self.zeros / self.linear
+            if self.linear and self.zeros is not None
+            else None,
             "parameters": everything,
         }
 
@@ -90,6 +92,8 @@ def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> di
             seen.add(id(parameter))
             bits = parameter.numel() * dtype.itemsize * 8
             tally.add_dense(parameter.numel(), bits, embedding=module in tables)
+    if not tally.linear:  # a dense model: its linear layers are among the others
+        return tally.summary() | {"bpw_linear": 8.0 * dtype.itemsize}
     return tally.summary()
 
 

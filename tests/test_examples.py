@@ -14,7 +14,8 @@ def example(name: str) -> str:
 
 def test_every_example_is_known_here() -> None:
     """train_demo.py trains for an hour and is not run; test_ci.py runs ci.sh and ci.yml."""
-    assert EXAMPLES == ["ci.sh", "ci.yml", "load_artefact.py", "python_api.py", "train_demo.py"]
+    others = ["ci.sh", "ci.yml", "from_scratch.sh", "load_artefact.py", "python_api.py"]
+    assert [*others, "train_demo.py"] == EXAMPLES
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "train_demo.py"])
@@ -38,3 +39,15 @@ def test_nothing_but_artefact_and_report_is_left(demo: Demo) -> None:
 
 def test_load_artefact(demo: Demo) -> None:
     assert demo.run("python", example("load_artefact.py")).stdout.startswith("def read_config(")
+
+
+@pytest.mark.slow
+def test_from_scratch(demo: Demo) -> None:
+    sources = sorted((ROOT / "ternq").glob("*.py"))
+    (demo.folder / "sources.txt").write_text("".join(s.read_text("utf-8") for s in sources))
+    demo.run("sh", example("from_scratch.sh"), "sources.txt", "notes.txt", "demo", STEPS)
+    results = json.loads((demo.folder / "results.json").read_text())["results"]
+    assert set(results) == {"trilm", "floatlm"}
+    assert all(own["notes.txt"]["token_perplexity"] < 2048 for own in results.values())
+    for name in ("trilm", "trilm.run", "floatlm", "floatlm.run", "results.json", "sources.txt"):
+        assert (demo.folder / name).exists()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import checkpoint, corpus, distill, hf, optimize, snapshots, stop
+from ternq import checkpoint, corpus, distill, hf, schedule, snapshots, stop
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
 from ternq.linear import prepare, ternary_layers
@@ -221,7 +221,7 @@ def test_dropout_is_off_in_training(tmp_path: Path) -> None:
 
 
 def test_rate_rises_and_falls() -> None:
-    rates = [optimize.rate(step, 20, 0.1) for step in range(20)]
+    rates = [schedule.rate(step, 20, Training(warmup=0.1)) for step in range(20)]
     assert rates[0] == pytest.approx(1 / 3)
     assert max(rates) == 1.0
     assert rates.index(1.0) == 2
