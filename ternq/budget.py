@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ternq.errors import ResourceError
-from ternq.footprint import Footprint, footprint
+from ternq.footprint import Footprint, footprint, roughly
 from ternq.optimize import take_step
 from ternq.perplexity import free_memory
 from ternq.recipe import Scheme, Train, Training
@@ -24,6 +24,7 @@ MOST_TOKENS = 10_000_000
 EVALUATION_SHARE = 0.2  # of the time goes to perplexities, packing and the report
 PROBE_STEPS, PROBE_SECONDS = 3, 20.0  # at most, after a first step that sets things up
 BY_BLOCKS = "block by block from disk, without training end to end"
+PLENTY = 1.5  # times a rough estimate, which is mostly too high
 MARGIN = 1.05  # times the count: what allocators lose to gaps
 
 
@@ -65,17 +66,23 @@ def choose(
     free: int | None = None,
     *,
     by_blocks: bool = False,
+    exact: bool = True,
 ) -> tuple[Training, Memory, str]:
     """The first strategy that fits ``free`` bytes (None: what the device has): settings and why.
 
     ``build`` makes the dense model of the configuration, see `ternq.hf.blueprint`; ``by_blocks``:
-    going block by block from disk is one strategy.
+    going block by block from disk is one strategy. Counting takes seconds: unless ``exact``, the
+    first is taken uncounted where there is more than enough.
 
     Raises:
         ResourceError: none fits; the sentence says how much is missing.
     """
-    if free is None:
-        free = free_memory(torch.device(device))
+    free = _free(device) if free is None else free
+    if not exact and not settings.block_by_block:
+        plenty = Memory(roughly(build, settings, "there is plenty"), round(free / PLENTY))
+        if plenty.fits:
+            how = f"{_said(settings)}: {_gb(free)} are free, which is more than enough"
+            return settings, plenty, how
     least = None
     for family in families(settings, by_blocks):
         for candidate, how in family:
@@ -96,6 +103,14 @@ def choose(
         "free.",
         f"Take a machine with more memory, or {hint}.",
     )
+
+
+def _free(device: str) -> int:
+    try:
+        return free_memory(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ResourceError(f"No device '{device}' here: {reason}") from None
 
 
 def families(settings: Training, by_blocks: bool) -> Iterator[list[tuple[Training, str]]]:

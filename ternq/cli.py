@@ -168,7 +168,7 @@ def distill(
     made = _recipe(model, recipe, seed, settings)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        others = {"teacher": teacher, "overwrite": overwrite, "memory": memory}
+        others = {"teacher": teacher, "overwrite": overwrite, "memory": memory, "by_blocks": False}
         return _plan(made, _path(out), world | others)
     from ternq.distill import distill as verb
 

@@ -132,6 +132,7 @@ def begin(
     stands in its place for a model that only fits block by block. Returns what they give, and the
     run's record.
     """
+    scratch.check(recipe, options.get("teacher"))
     processes.refuse_uneven(recipe.training.batch_size)
     processes.join(options.get("device", "cpu"))
     record = processes.from_main(lambda: _found(out, resume, overwrite))
@@ -232,7 +233,6 @@ def prepare_run(
         "trust_remote_code": trust_remote_code,
     }
     notes = list(notes)
-    scratch.check(recipe, teacher)
     if recipe.training.from_scratch:
         base = hf.drawn(model, recipe.seed, progress=progress, **options)
     else:
@@ -293,12 +293,14 @@ def fitting(
     memory: int | None = None,
     record: dict[str, Any] | None = None,
     by_blocks: bool = False,
+    exact: bool = False,
 ) -> tuple[Recipe, budget.Memory | None, list[str]]:
     """The recipe with the strategy that fits, and no more positions than the model has.
 
-    Nothing is loaded for it. ``by_blocks``: going block by block is one of them. ``memory`` are
-    bytes, by default what the device has free. Returns the memory counted for it (None where
-    ``record`` has the strategy), and what was chosen in words.
+    Nothing is loaded for it. ``by_blocks``: going block by block is one of them; ``exact``: memory
+    is counted even where there is plenty. ``memory`` are bytes, by default what the device has
+    free. Returns the memory counted for it (None where ``record`` has the strategy), and what was
+    chosen in words.
     """
     training, notes = recipe.training, []
     longest = hf.max_length(built)
@@ -310,7 +312,7 @@ def fitting(
         scheme = built.scheme or recipe.scheme
         by_blocks = by_blocks and built.by_blocks
         training, counted, why = budget.choose(
-            built, scheme, training, device, memory, by_blocks=by_blocks
+            built, scheme, training, device, memory, by_blocks=by_blocks, exact=exact
         )
         notes.append(f"Strategy: {why}.")
     else:

@@ -99,7 +99,7 @@ def footprint(
             return _counted(build, scheme, settings, device, blocks)
         half, whole = (_counted(build, scheme, settings, device, n) for n in (EXACT // 2, EXACT))
     except RuntimeError as error:  # a model that looks into its tensors, say
-        return _roughly(build, settings, str(error).strip().partition("\n")[0])
+        return roughly(build, settings, str(error).strip().partition("\n")[0])
     return _extended(half, whole, EXACT // 2, blocks - EXACT)
 
 
@@ -109,8 +109,8 @@ def _extended(a: Footprint, b: Footprint, between: int, more: int) -> Footprint:
     return Footprint(**grown)
 
 
-def _roughly(build: Callable[[], Any], settings: Training, reason: str) -> Footprint:
-    """An estimate from shapes, for float32 and AdamW, all of which is trained."""
+def roughly(build: Callable[[], Any], settings: Training, reason: str) -> Footprint:
+    """An estimate from shapes, made at once: of float32 and AdamW, with every weight trained."""
     with torch.device("meta"):
         model = build()
     everything = sum(p.numel() for p in model.parameters())

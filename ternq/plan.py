@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ternq import budget, checkpoint, distill, hf
+from ternq import budget, checkpoint, distill, hf, scratch
 from ternq.corpus import HELD_OUT_TOKENS
 from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.progress import Event, Progress, ignore
@@ -30,6 +30,7 @@ def plan(
     out: Path,
     teacher: str | None = None,
     overwrite: bool = False,
+    by_blocks: bool = True,
     memory: int | None = None,
     device: str = "cpu",
     offline: bool = False,
@@ -38,16 +39,20 @@ def plan(
 ) -> dict[str, Any]:
     """What `ternarize` would make of ``model``: parameters, bits per weight, memory, disk, time.
 
-    ``memory``: bytes of the device that it is planned for; None plans for the one that is here.
+    ``by_blocks``: going block by block is a strategy. ``memory``: bytes of the device that it is
+    planned for; None plans for the one that is here.
 
     Raises:
         ResourceError: no strategy fits; it says how much is missing.
     """
+    scratch.check(recipe, teacher)
     checkpoint.check_output(out, overwrite)
     resident = budget.resident()
     built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
-    recipe, counted, notes = distill.fitting(built, recipe, device, memory)
+    recipe, counted, notes = distill.fitting(
+        built, recipe, device, memory, by_blocks=by_blocks, exact=True
+    )
     assert counted is not None, "it is where no run is gone on with"
     with torch.device("meta"):
         student, selection = student_of(
@@ -67,7 +72,7 @@ def plan(
         "fits": disk <= free,
         "reason": None if disk <= free else f"{(disk - free) / 1e9:.1f} GB of disk are missing.",
     }
-    if memory is None:
+    if memory is None and not recipe.training.block_by_block:
         began = time.monotonic()
         prepared = distill.prepare_run(
             model,
@@ -128,7 +133,9 @@ def _training(recipe: Recipe, rate: float | None) -> dict[str, Any]:
 
 
 def _disk(weights: dict[str, Any], counted: budget.Memory, recipe: Recipe) -> int:
-    """Artefact and checkpoints: the student and its optimizer, two at once and one on the way."""
-    student = 4 * weights["parameters"] + counted.counted.optimizer
-    start = 4 * weights["parameters"] if recipe.training.start != "closed-form" else 0
-    return int(weights["bytes"] + 3 * student + start)
+    """Artefact, checkpoints (of which one is on the way), a start that took time, a cache."""
+    settings = recipe.training
+    student = 4 * weights["parameters"]
+    kept = (settings.keep_checkpoints + 1) * (student + counted.counted.optimizer)
+    kept += student if settings.start != "closed-form" else 0
+    return int(weights["bytes"] + (weights["bytes"] if settings.block_by_block else kept))

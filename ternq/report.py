@@ -297,7 +297,7 @@ def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
     yield "bits per weight of all", f"{weights['bpw_total']:.3f}"
     yield "artefact", size(weights["bytes"])
     yield "training", _budget(training)
-    if payload["seconds"]:
+    if payload.get("seconds"):
         parts = payload["seconds"]
         yield "time", f"{duration(parts['total'])}, {duration(parts['training'])} of it training"
     for kind in ("memory", "disk"):

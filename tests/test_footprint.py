@@ -63,6 +63,7 @@ def test_what_does_not_learn_is_held_once() -> None:
     assert shared == {"model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"}
 
 
+@pytest.mark.slow
 def test_more_blocks_are_as_those_that_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "EXACT", 99)
     exact = footprint(of("llama", 20), SCHEME, SETTINGS, "cpu")
@@ -146,26 +147,34 @@ def test_each_takes_less_than_the_one_before_it() -> None:
     assert needed == sorted(needed, reverse=True)
 
 
-def choose(free: int, by_blocks: bool = False) -> tuple[Training, budget.Memory, str]:
+def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SETTINGS, batch_size=6)
-    return budget.choose(of("llama"), SCHEME, settings, "cpu", free, by_blocks=by_blocks)
+    tried = [s for family in budget.families(settings, False) for s in family]
+    sizes = {s: 1000 - 10 * n for n, (s, _) in enumerate(tried)}
+    monkeypatch.setattr(
+        budget, "footprint", lambda build, scheme, s, device: Footprint(sizes[s], 0, 0, 1, 1, 1)
+    )
+    monkeypatch.setattr(budget, "MARGIN", 1.0)
+    for chosen, how in tried:
+        found, memory, why = budget.choose(of("llama"), SCHEME, settings, "cpu", sizes[chosen])
+        assert found == chosen and why.startswith(how) and memory.needed == sizes[chosen]
+    with pytest.raises(ResourceError, match="0.0 GB more than is free"):
+        budget.choose(of("llama"), SCHEME, settings, "cpu", min(sizes.values()) - 1)
 
 
-def test_the_first_strategy_that_fits_is_taken() -> None:
-    needed = {}
-    for family in budget.families(replace(SETTINGS, batch_size=6), False):
-        for settings, how in family:
-            counted_ = footprint(of("llama"), SCHEME, settings, "cpu")
-            needed[how] = (settings, budget.Memory(counted_, 0).needed)
-    for settings, free in needed.values():
-        chosen, memory, why = choose(free)
-        assert memory.fits and memory.needed <= free
-        first = next(how for how, (_, size) in needed.items() if size <= free)
-        assert why.startswith(first) and chosen == needed[first][0]
-        assert settings.batch_size == chosen.batch_size
-    least = min(size for _, size in needed.values())
-    with pytest.raises(ResourceError, match="more than is free"):
-        choose(least - 1)
+def test_where_there_is_plenty_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "footprint", lambda *shapes: pytest.fail("counted"))
+    settings = replace(SETTINGS, batch_size=6)
+    given = (of("llama"), SCHEME, settings, "cpu", 10**10)
+    chosen, memory, why = budget.choose(*given, exact=False)
+    assert chosen == settings and memory.fits
+    assert why == "end to end, micro batches of 6: 10.0 GB are free, which is more than enough"
+
+
+def test_the_rough_estimate_is_above_the_count() -> None:
+    for kind in ("llama", "opt", "gpt2"):
+        rough = counting.roughly(of(kind), SETTINGS, "").total
+        assert budget.PLENTY * rough > counted(kind).total
 
 
 def test_block_by_block_is_the_last() -> None:
@@ -174,10 +183,11 @@ def test_block_by_block_is_the_last() -> None:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as small:
         small.setattr(budget, "footprint", lambda *shapes: Footprint(10**15, 0, 0, 1, 1, 1))
-        chosen, _, why = choose(alone, by_blocks=True)
+        ask = (of("llama"), SCHEME, SETTINGS, "cpu")
+        chosen, _, why = budget.choose(*ask, alone, by_blocks=True)
         assert chosen.block_by_block and why.startswith("block by block from disk")
         with pytest.raises(ResourceError):
-            choose(alone - 1, by_blocks=True)
+            budget.choose(*ask, alone - 1, by_blocks=True)
 
 
 def test_a_model_that_cannot_be_counted_is_estimated_and_that_is_said(
