@@ -171,7 +171,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for index, values in state["state"].items():
             for key, value in values.items():
                 name = f"{part}{index}.{key}"
-                if hasattr(value, "__tensor_flatten__"):
+                if hasattr(value, "codes"):  # torchao's
                     found |= {f"{name}.{piece}": getattr(value, piece) for piece in _PIECES}
                 else:
                     found[name] = value

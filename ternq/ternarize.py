@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ternq import checkpoint, distill, hf, processes, runs, streamed, trackers
-from ternq.errors import RecipeError
+from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
 from ternq.measure import Limit
@@ -88,6 +88,11 @@ def ternarize(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+        if prepared.teacher is None:
+            raise InputError(
+                f"'{model}' was trained from scratch: there is nothing to compare it with.",
+                "Go on with ternq distill, then ternq pack.",
+            )
         by_blocks = isinstance(prepared, streamed.Streamed)
         how: Any = streamed if by_blocks else distill
         trained = how.train_run(

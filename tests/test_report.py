@@ -257,11 +257,17 @@ def test_plan_sets_needs_beside_what_is_free() -> None:
         "training": {"steps": 10, "tokens": 100, "tokens_per_second": 5.0, "seconds": 7320.0},
         "memory": {"needed": 2e9, "free": 8e9},
         "disk": {"needed": 3e6, "free": 9e9},
+        "seconds": {"training": 7320.0, "loading": 20.0, "total": 7340.0},
         "fits": True,
         "notes": ["Strategy: end to end."],
     }
     text = shown(plan)
-    for part in ("2 GB of 8 GB free", "3 MB of 9 GB free", "2 h 02 min", "Strategy: end to end."):
+    for part in (
+        "2 GB of 8 GB free",
+        "3 MB of 9 GB free",
+        "2 h 02 min of it training",
+        "Strategy: end to end.",
+    ):
         assert part in text
     assert "written to" not in text
 

@@ -333,6 +333,7 @@ def test_it_is_chosen_where_nothing_else_fits(
     with monkeypatch.context() as small:
         huge = Footprint(10**15, 0, 0, 1, 1, 1)
         small.setattr(budget, "footprint", lambda *shapes: huge)
+        small.setattr(budget, "roughly", lambda *shapes: huge)
         with pytest.raises(ResourceError, match="more than is free"):
             distill.distill(str(source), tmp_path / "run", recipe, offline=True)
         with pytest.raises(StoppedError):

@@ -120,7 +120,7 @@ def test_logs_go_to_the_report_and_leave_with_the_run(tmp_path: Path) -> None:
 def test_going_on_says_how_far_the_text_was_read(tmp_path: Path) -> None:
     events: list[Event] = []
     made = trainer(tmp_path, batch_size=2, steps=3)
-    made.step, made.progress = 2, events.append
+    made.read, made.progress = 4, events.append
     expected = random_blocks()
     for _ in range(4):
         next(expected)
