@@ -4,6 +4,8 @@ Strategies are tried in a fixed order before anything is loaded, each with the m
 `ternq.footprint` counts for it, and the first that fits is taken.
 """
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ EVALUATION_SHARE = 0.2  # of the time goes to perplexities, packing and the repo
 PROBE_STEPS, PROBE_SECONDS = 3, 20.0  # at most, after a first step that sets things up
 BY_BLOCKS = "block by block from disk, without training end to end"
 PLENTY = 1.5  # times a rough estimate, which is mostly too high
+LIBRARIES = 200_000_000  # bytes of those that reading text and writing reports need, on Linux
 MARGIN = 1.05  # times the count: what allocators lose to gaps
 
 
@@ -52,10 +55,23 @@ class Memory:
 
 
 def resident() -> int:
-    """Bytes that this process holds, its libraries among them."""
+    """Bytes that the program itself holds: now, and the libraries that it imports on the way."""
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss) + LIBRARIES
+
+
+def give_back() -> None:
+    """Hand memory that is free already back to the system, which glibc would keep."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def age() -> float:
+    """Seconds since this process began: what its libraries took to be imported."""
+    import psutil
+
+    return float(time.time() - psutil.Process().create_time())
 
 
 def choose(

@@ -20,8 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ternq.corpus import HELD_OUT_TOKENS
+from ternq.hf import max_length
 from ternq.linear import decoder_blocks, ternary_layers
 from ternq.optimize import take_step
+from ternq.perplexity import BLOCK, block_losses, rows_that_fit
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
@@ -36,8 +39,9 @@ class Footprint:
 
     ``weights`` of teacher and student, ``optimizer`` its states, ``step`` what a step takes beside
     them at its peak: activations, gradients, rounded weights. ``loading`` is held before some of it
-    is let go of, as dense weights are that become codes. ``rough`` says why it could only be
-    estimated from the shapes; None where it was counted.
+    is let go of, as dense weights are that become codes; ``evaluation`` is what measuring a
+    perplexity takes, before training and after it. ``rough`` says why it could only be estimated
+    from the shapes; None where it was counted.
     """
 
     weights: int
@@ -47,12 +51,14 @@ class Footprint:
     trained: int
     ternary: int
     loading: int = 0
+    evaluation: int = 0
     rough: str | None = None
 
     @property
     def total(self) -> int:
         """All of it."""
-        return max(self.loading, self.weights + self.optimizer + self.step)
+        training = self.weights + self.optimizer + self.step
+        return max(self.loading, training, self.weights + self.evaluation)
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -167,12 +173,23 @@ def _counted(
         trainer.optimizer.zero_grad()
         held = alive.peak = alive.now
         trainer.one_step()
+        step, alive.peak, before = alive.peak - held, alive.now, alive.now
+        with torch.no_grad():
+            block_losses(student.eval(), _held_out(student))
     return Footprint(
         weights=weights,
         optimizer=held - weights,
-        step=alive.peak - held,
+        step=step,
         parameters=sum(p.numel() for p in student.parameters()),
         trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
         ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
         loading=loading,
+        evaluation=alive.peak - before,
     )
+
+
+def _held_out(model: Any) -> Tensor:
+    """As many rows of the held-out text as are measured at once."""
+    length = min(BLOCK, max_length(model))
+    rows = min(rows_that_fit(model, length), max(1, HELD_OUT_TOKENS // length))
+    return torch.zeros(rows, length, dtype=torch.int64)

@@ -16,10 +16,13 @@ from ternq.corpus import HELD_OUT_TOKENS
 from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
+from ternq.samples import PROMPTS, TOKENS
 from ternq.student import student_of
 from ternq.train import Trainer
 from ternq.weights import stored_dtype, weights_summary
 
+SAVING = 200e6  # bytes a second that a checkpoint is written, read back and compared at
+TEXTS = 2 * len(PROMPTS[""]) * TOKENS  # tokens that teacher and student write for the report
 PASSES = 3  # over the held-out text: teacher, untrained and packed student
 
 
@@ -47,7 +50,7 @@ def plan(
     """
     scratch.check(recipe, teacher)
     checkpoint.check_output(out, overwrite)
-    resident = budget.resident()
+    resident, starting = budget.resident(), budget.age()
     built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
     recipe, counted, notes = distill.fitting(
@@ -86,12 +89,13 @@ def plan(
             notes=notes,
         )
         recipe, found["notes"] = prepared.recipe, prepared.notes
-        found |= _times(prepared, out, time.monotonic() - began, progress)
+        loading = time.monotonic() - began
+        found |= _times(prepared, out, starting, loading, progress)
     return found | {"recipe": recipe.to_json()}
 
 
 def _times(
-    prepared: distill.Prepared, out: Path, loading: float, progress: Progress
+    prepared: distill.Prepared, out: Path, starting: float, loading: float, progress: Progress
 ) -> dict[str, Any]:
     """How long the parts of it take, from a few steps and a few pages measured here."""
     progress(Event("plan", "Measuring how fast this machine trains and reads"))
@@ -113,13 +117,29 @@ def _times(
     )
     training = _training(prepared.recipe, budget.probe(trainer))
     held_out = len(prepared.corpus.held_out) or HELD_OUT_TOKENS
+    state = sum(p.nbytes for p in student.parameters()) * (3 if training["steps"] else 1)
     parts = {
+        "starting": starting,
         "loading": loading,
         "training": training["seconds"],
         "evaluation": held_out * passes,
+        "saving": state / SAVING,
         "packing": loading,  # written, read back and loaded again
+        "texts": TEXTS * _forward(student),
     }
     return {"training": training, "seconds": parts | {"total": sum(parts.values())}}
+
+
+def _forward(model: Any) -> float:
+    """Seconds of a pass over one token."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(4):
+            began = time.monotonic()
+            float(model.eval()(ids, use_cache=False).logits[0, 0, 0])
+            seconds.append(time.monotonic() - began)
+    return min(seconds)
 
 
 def _training(recipe: Recipe, rate: float | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ternq import checkpoint, distill, hf, processes, runs, streamed, trackers
+from ternq import budget, checkpoint, distill, hf, processes, runs, streamed, trackers
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
@@ -108,6 +108,7 @@ def ternarize(
                 offline=offline,
                 trust_remote_code=trust_remote_code,
             )
+        budget.give_back()
         progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
         def measure(folder: Path) -> dict[str, Any]:
