@@ -108,6 +108,8 @@ def ternarize(
     **settings: Any,
 ) -> Payload:
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
+    if memory is not None and not plan:
+        raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
     made = _recipe(model, recipe, seed, settings)
     gates = _gates(settings)
     tasks = _names(settings["tasks"])
@@ -165,6 +167,8 @@ def distill(
     **settings: Any,
 ) -> Payload:
     """Train a ternary student of MODEL, or go on where it stopped."""
+    if memory is not None and not plan:
+        raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
     made = _recipe(model, recipe, seed, settings)
     world = _world(device, settings) | {"progress": progress}
     if plan:

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
-from ternq import budget
+from ternq import budget, cli
 from ternq import footprint as counting
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
 from ternq.linear import ternary_layers
+from ternq.plan import plan
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
@@ -209,3 +210,36 @@ def test_a_model_that_cannot_be_counted_is_estimated_and_that_is_said(
     assert rough.total > 0.5 * exact.total
     _, _, why = budget.choose(of("llama"), SCHEME, SETTINGS, "cpu", 10**9)
     assert why.endswith("(estimated from shapes: no such operator)")
+
+
+# Plans
+
+
+def planned(source: Path, text: Path, **options: Any) -> dict[str, Any]:
+    made = checkpoints.recipe(source, text)
+    return plan(str(source), made, out=source.parent / "out", offline=True, **options)
+
+
+def test_a_plan_needs_no_weights_and_no_device(source: Path, text: Path, tmp_path: Path) -> None:
+    whole = planned(source, text)
+    assert whole["seconds"]["total"] == pytest.approx(
+        sum(v for k, v in whole["seconds"].items() if k != "total")
+    )
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((source / "config.json").read_bytes())
+    found = planned(bare, text, memory=10**9, device="cuda")
+    assert found["memory"]["free"] == 10**9
+    assert found["seconds"] is None and found["training"]["tokens_per_second"] is None
+    for key in ("bpw_linear", "coverage", "parameters", "bytes"):
+        assert found["weights"][key] == whole["weights"][key]
+
+
+def test_a_plan_that_cannot_fit_says_what_is_missing(source: Path, text: Path) -> None:
+    with pytest.raises(ResourceError, match="more than is free"):
+        planned(source, text, memory=1000)
+
+
+def test_memory_goes_with_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["ternarize", "demo", "--memory", "24GB"]) == 2
+    assert "--plan" in capsys.readouterr().err
