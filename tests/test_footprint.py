@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from ternq import budget, cli
+from ternq import budget, cli, corpus
 from ternq import footprint as counting
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
@@ -44,6 +44,7 @@ def counted(kind: str = "llama", **settings: Any) -> Footprint:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out text of a block: tiny models train in less than they are measured in."""
     monkeypatch.setattr(counting, "HELD_OUT_TOKENS", 64)
+    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "gpt-neox", "phi", "gemma"])
