@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _PART = 2**22  # weights that are looked at in one go where a whole layer would take memory
 _CACHED = 2**17  # weights rounded in one go: what a core's cache holds from pass to pass
@@ -121,13 +122,15 @@ class _Piece(NamedTuple):
 def _pieces(weight: Tensor, group_size: int) -> Iterator[_Piece]:
     """A weight ``[out, in]`` in pieces: a short last group apart; rows by what a cache holds.
 
-    A GPU takes all rows at once. Whatever rounds goes by these pieces, so that sums are made in one
+    A GPU takes all rows at once, as does a weight without numbers, of which memory is counted.
+    Whatever rounds goes by these pieces, so that sums are made in one
     order and codes are the same to the bit.
     """
     rows, columns = weight.shape
     size = min(group_size, columns)
     full = columns // size
-    step = max(1, _CACHED // columns) if weight.device.type == "cpu" else max(1, rows)
+    in_cache = weight.device.type == "cpu" and not isinstance(weight, FakeTensor)
+    step = max(1, _CACHED // columns) if in_cache else max(1, rows)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         yield _Piece(part, slice(0, full * size), slice(0, full), size)
