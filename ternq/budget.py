@@ -99,20 +99,19 @@ def choose(
         if plenty.fits:
             how = f"{_said(settings)}: {_gb(free)} are free, which is more than enough"
             return settings, plenty, how
-    least = None
+    counted: dict[Training, Memory] = {}
+
+    def needs(candidate: Training) -> Memory:
+        if candidate not in counted:
+            counted[candidate] = Memory(_counted(build, scheme, candidate, device), free)
+        return counted[candidate]
+
     for family in families(settings, by_blocks):
-        for candidate, how in family:
-            memory = Memory(_counted(build, scheme, candidate, device), free)
-            if memory.fits:
-                return candidate, memory, _why(how, memory)
-            least = memory if least is None or memory.needed < least.needed else least
-            last, _ = family[-1]
-            if (
-                candidate is not last
-                and not Memory(_counted(build, scheme, last, device), free).fits
-            ):
-                break  # nor does what lies between
-    assert least is not None
+        (first, _), (last, _) = family[0], family[-1]
+        if needs(first).fits or needs(last).fits:  # else nor does what lies between
+            found, how = next((s, how) for s, how in family if needs(s).fits)
+            return found, needs(found), _why(how, needs(found))
+    least = min(counted.values(), key=lambda memory: memory.needed)
     hint = "a shorter --sequence-length" + ("" if by_blocks else ", or ternq ternarize")
     raise ResourceError(
         f"This needs about {_gb(least.needed)} of memory, {_gb(least.needed - free)} more than is "

@@ -237,8 +237,7 @@ def prepare_run(
         base = hf.drawn(model, recipe.seed, progress=progress, **options)
     else:
         base = hf.load(model, dtype=torch.float32, progress=progress, **options)
-    if "auto_map" in vars(base.model.config):
-        raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
+    refuse_own_code(base)
     big: hf.Loaded | None
     if base.kind == "dense":
         recipe = replace(recipe, scheme=scratch.settle(base.model, recipe.scheme, notes))
@@ -263,10 +262,8 @@ def prepare_run(
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
     taught = "" if big is None else recipe.base if big is base else hf.fingerprint(big.model)
-    wanted, writer = recipe.training.data, big or student
-    specs, note = processes.from_main(lambda: corpora.choose(writer, wanted, offline))
-    if record is not None and not recipe.training.data:
-        specs, note = tuple(record.get("data", ())), None
+    writer = big or student
+    specs, note = text_of(writer, recipe.training.data, record, offline)
     notes += [note] if note else []
     if recipe.training.cache_teacher and recipe.training.off:
         notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
@@ -284,6 +281,21 @@ def prepare_run(
             )
         )
     return Prepared(recipe, big, student, selection, text, notes, taught, base.kind == "dense")
+
+
+def refuse_own_code(base: hf.Loaded) -> None:
+    """`InputError` for a model whose code could not go with what is packed."""
+    if "auto_map" in vars(base.model.config):
+        raise InputError(f"'{base.source}' brings its own code, which ternq cannot pack yet.")
+
+
+def text_of(
+    writer: hf.Loaded, asked: tuple[str, ...], record: dict[str, Any] | None, offline: bool
+) -> tuple[tuple[str, ...], str | None]:
+    """The text to train on, and what is to be said of it; of a run that was begun, as it was."""
+    if record is not None and not asked:
+        return tuple(record.get("data", ())), None
+    return processes.from_main(lambda: corpora.choose(writer, asked, offline))
 
 
 def fitting(
@@ -493,7 +505,7 @@ def _cached(prepared: Prepared, trainer: Trainer, out: Path, progress: Progress)
     processes.refuse_many("--cache-teacher")
     assert prepared.teacher is not None, "it is refused without one"
     settings, model = prepared.recipe.training, prepared.teacher.model
-    key = {"teacher": hf.fingerprint(model), "length": settings.sequence_length}
+    key = {"teacher": prepared.teacher_weights, "length": settings.sequence_length}
     return cached_teacher(
         model,
         prepared.corpus.blocks,

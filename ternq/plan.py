@@ -108,7 +108,7 @@ def _times(
         passes += 1 / tokens_per_second(teacher.eval(), length) if teacher else 0.0
     trainer = Trainer(
         student=student,
-        teacher=prepared.teacher and prepared.teacher.model,
+        teacher=teacher,
         blocks=iter(()),
         settings=prepared.recipe.training,
         steps=1,

@@ -8,6 +8,8 @@ import signal
 import sys
 from types import FrameType
 
+from ternq.errors import InterruptedByUser, StoppedError, TernqError
+
 _polled = False
 _request: str | None = None
 
@@ -55,6 +57,11 @@ def requested() -> str | None:
 def pending() -> str | None:
     """The signal that asked to stop, or None; asking does not count as polling."""
     return _request
+
+
+def ended(reason: str, said: str, hint: str | None = None) -> TernqError:
+    """The error of work that a signal, or another ``reason``, has stopped."""
+    return (InterruptedByUser if reason == "SIGINT" else StoppedError)(said, hint)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ import ternq
 from ternq import checkpoint, distill, hf, packing, runs, stop
 from ternq import corpus as corpora
 from ternq.calibrate import Started, on, run, start_block, use
-from ternq.errors import InputError, InterruptedByUser, RecipeError, StoppedError
+from ternq.errors import RecipeError
 from ternq.linear import TernaryLinear, group_rule, prepare, ternary_layers
 from ternq.modeling_ternq import features
 from ternq.perplexity import BLOCK, free_memory
@@ -88,12 +88,9 @@ def prepare_run(
     if teacher is not None:
         raise RecipeError("Block by block, the teacher is the model itself.", "Leave it out.")
     loaded, folder = hf.outline(model, offline=offline)
-    if "auto_map" in vars(loaded.model.config):
-        raise InputError(f"'{model}' brings its own code, which ternq cannot pack yet.")
+    distill.refuse_own_code(loaded)
     training = recipe.training
-    specs, note = corpora.choose(loaded, training.data, offline)
-    if record is not None and not training.data:
-        specs, note = tuple(record.get("data", ())), None
+    specs, note = distill.text_of(loaded, training.data, record, offline)
     if corpora.has_own_text(specs):
         raise RecipeError(
             "Block by block the model cannot write its own text: it is never whole in memory.",
@@ -215,8 +212,7 @@ class _Check:
             reason = reason or TIME_LIMIT
         if reason:
             said = f"{self._where} ({reason}); finished blocks are kept."
-            kind = InterruptedByUser if reason == "SIGINT" else StoppedError
-            raise kind(said, "The same command goes on from there.")
+            raise stop.ended(reason, said, "The same command goes on from there.")
 
 
 class _Maker:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ternq import checkpoint, stop
 from ternq.blocks import BlockOutputs
-from ternq.errors import InputError, InterruptedByUser, RecipeError, ResourceError, StoppedError
+from ternq.errors import InputError, RecipeError, ResourceError
 from ternq.head import HeadInput
 from ternq.linear import decoder_blocks
 from ternq.progress import Event, Progress, ignore
@@ -197,8 +197,7 @@ def _fill(
             said = (
                 f"Stopped after the teacher's {done} blocks of {count} ({reason}); they are kept."
             )
-            kind = InterruptedByUser if reason == "SIGINT" else StoppedError
-            raise kind(said, "The same command goes on from there.")
+            raise stop.ended(reason, said, "The same command goes on from there.")
 
 
 def _refuse_without_room(folder: Path, tokens: int, hidden: int) -> None:

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from ternq import stop
-from ternq.errors import InputError, InterruptedByUser, StoppedError
+from ternq.errors import InputError, StoppedError
 from ternq.progress import Event, Progress, ignore
 
 PASSAGE = 16_384
@@ -337,8 +337,7 @@ def _next(name: str, line: "queue.Queue[Any]", progress: Progress) -> str | None
             return document  # type: ignore[no-any-return]
         waited = time.monotonic() - began
         if (request := stop.pending()) is not None:
-            kind = InterruptedByUser if request == "SIGINT" else StoppedError
-            raise kind(f"Stopped while waiting for text from {name} ({request}).")
+            raise stop.ended(request, f"Stopped while waiting for text from {name} ({request}).")
         if waited >= STALL_ENDS:
             raise StoppedError(f"No text came from {name} for {waited:.0f} s.", "Is it reachable?")
         if waited >= said * STALL_SAID:

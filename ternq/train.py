@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq import processes, snapshots, stop, trackers
-from ternq.errors import DivergenceError, InterruptedByUser, StoppedError, TernqError
+from ternq.errors import DivergenceError, TernqError
 from ternq.files import writing
 from ternq.frozen import arrange
 from ternq.linear import decoder_blocks, rounded_once
@@ -269,8 +269,7 @@ class Trainer:
 
     def _stopped(self, reason: str) -> Exception:
         said = f"Stopped after step {self.step} of {self.steps} ({reason}); a checkpoint is saved."
-        hint = "The same command goes on from there."
-        return (InterruptedByUser if reason == "SIGINT" else StoppedError)(said, hint)
+        return stop.ended(reason, said, "The same command goes on from there.")
 
     def save(self, *, aside: bool = False) -> None:
         """Write a checkpoint of this step: before returning, or ``aside``."""
