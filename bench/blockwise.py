@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from ternq import hf, streamed
+from ternq import hf
 from ternq.recipe import DEMO_FOLDER, Training
+from ternq.walk import bytes_needed
 from ternq.writer import TensorWriter
 
 TEXT = DEMO_FOLDER / "train.jsonl.xz"
@@ -40,7 +41,7 @@ def main() -> None:
             size = checkpoint(model, blocks, args)
             training = Training(calibration=args.calibration, sequence_length=args.length,
                                 reconstruction_epochs=args.epochs)  # fmt: skip
-            estimate = streamed.needed(hf.skeleton(model), training)
+            estimate = bytes_needed(hf.skeleton(model), training)
             peak, seconds = ternarize(model, Path(work) / "out", args)
         peaks.append(peak)
         print(f"| {blocks} | {size / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {estimate / 1e9:.2f} GB | "

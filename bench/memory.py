@@ -1,4 +1,4 @@
-"""Memory of training by choice: measured at a model, and computed from a configuration.
+"""Memory of training by choice: measured at a model, and counted (`ternq.footprint`).
 
     python bench/memory.py demo                       # every choice, each in a process of its own
     python bench/memory.py MODEL --device cuda --batch-size 1 --sequence-length 2048 --json
@@ -6,29 +6,29 @@
 
 Measured is the peak during steps, after the start: on the CPU of resident memory, less what the
 process holds once a tiny model has trained with the same settings (libraries, allocator); on CUDA
-of allocated memory. It has the teacher, both models' activations and the transients of a step.
-Computed is `ternq.memory.held` and the teacher, without activations. Linux.
+of allocated memory. Counted are its parts: weights of student and teacher, optimizer states, and
+what a step takes beside them; without a model nothing else is shown. Linux.
 """
 
 import argparse
-import copy
 import gc
 import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ternq import hf, memory
-from ternq.linear import decoder_blocks, prepare, select
+from ternq import hf
+from ternq.footprint import footprint
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
-from ternq.train import Trainer, has_bf16
+from ternq.student import student_of
+from ternq.train import Trainer
 
 CHOICES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -42,6 +42,11 @@ CHOICES: dict[str, dict[str, Any]] = {
         "train": "low-rank",
         "gradient_checkpointing": True,
         "optimizer": "adamw-8bit",
+    },
+    "low-rank, recomputed, teacher in 8 bits": {
+        "train": "low-rank",
+        "gradient_checkpointing": True,
+        "teacher_dtype": "int8",
     },
     "scales": {"train": "scales"},
     "scales, recomputed": {"train": "scales", "gradient_checkpointing": True},
@@ -73,18 +78,17 @@ def llama(hidden: int, mlp: int, blocks: int, vocabulary: int, kv: int) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def computed(model: Any, settings: Training, autocast: bool) -> dict[str, int]:
-    """The bytes of `ternq.memory.held` by kind, and of a float32 teacher."""
-    scheme, blocks = Scheme(), len(decoder_blocks(model)[1])
-    shapes = memory.shapes(model, select(model, scheme).chosen, blocks)
-    held = memory.held(shapes, settings, scheme, autocast=autocast)
-    return asdict(held) | {"teacher": 4 * shapes.parameters + shapes.buffers}
+def counted(build: Callable[[], Any], settings: Training, device: str) -> dict[str, int]:
+    """What `ternq.footprint` counts, by kind."""
+    found = footprint(build, Scheme(), settings, device)
+    return {kind: getattr(found, kind) for kind in ("weights", "optimizer", "step")}
 
 
 def trainer(teacher: Any, settings: Training, folder: Path) -> Trainer:
     """A student at its start, and a trainer of it on random tokens."""
-    student = copy.deepcopy(teacher)
-    prepare(student, Scheme(group_size=min(128, student.config.hidden_size)))
+    student, _ = student_of(
+        teacher, Scheme(group_size=min(128, teacher.config.hidden_size)), settings
+    )
     vocabulary = student.get_output_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (256, settings.sequence_length), generator=generator)
@@ -110,7 +114,7 @@ def peak(model: str, settings: Training, device: str) -> dict[str, int]:
             made.step = step
             made.one_step()
         found = {"start": start, "training": _highest(device) - bare}
-    return found | computed(teacher, settings, has_bf16(made.device))
+    return found | counted(hf.blueprint(model), settings, device)
 
 
 def _now(device: str) -> int:
@@ -133,11 +137,15 @@ def _status(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
+def asked(args: argparse.Namespace, choice: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a choice."""
+    usual = {"steps": args.steps, "batch_size": args.batch_size}
+    return usual | {"sequence_length": args.sequence_length} | choice
+
+
 def measured(args: argparse.Namespace, choice: dict[str, Any]) -> dict[str, int]:
     """`peak` in a child process."""
-    usual = {"steps": args.steps, "batch_size": args.batch_size, "off": 10.0}
-    settings = usual | {"sequence_length": args.sequence_length} | choice
-    given = [args.model, json.dumps(settings), args.device]
+    given = [args.model, json.dumps(asked(args, choice)), args.device]
     command = [sys.executable, __file__, "--child", *given]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -166,16 +174,16 @@ def main() -> None:
     args = parser.parse_args()
     choices = CHOICES | (ON_CUDA if args.model is None or args.device != "cpu" else {})
     rows = {}
-    if args.model is None:
-        with torch.device("meta"):
-            model = llama(args.hidden, args.mlp, args.blocks, args.vocabulary, args.kv)
+
+    def build() -> Any:
+        return llama(args.hidden, args.mlp, args.blocks, args.vocabulary, args.kv)
+
     for name, choice in choices.items():
         if name.startswith(args.only):
-            rows[name] = (
-                measured(args, choice)
-                if args.model
-                else computed(model, Training(**choice), autocast=True)
-            )
+            if args.model:
+                rows[name] = measured(args, choice)
+            else:
+                rows[name] = counted(build, Training(**asked(args, choice)), "cuda")
             if not args.json:
                 _line(name, rows[name], first=len(rows) == 1)
     if args.json:
@@ -183,8 +191,8 @@ def main() -> None:
 
 
 def _line(name: str, row: dict[str, int], first: bool) -> None:
-    """A row of the table in GB, after the heads if it is the first; sums leave the host out."""
-    shown = row | {"sum": sum(row[k] for k in row if k not in ("start", "training", "host"))}
+    """A row of the table in GB, after the heads if it is the first."""
+    shown = row | {"counted": sum(row[k] for k in ("weights", "optimizer", "step"))}
     if first:
         print(" " * 40 + "".join(f"{key:>11}" for key in shown) + "   GB")
     print(f"{name:40}" + "".join(f"{value / 1e9:11.3f}" for value in shown.values()), flush=True)

@@ -33,10 +33,14 @@ MARGIN = 1.05  # times the count: what allocators lose to gaps
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training needs at its peak, of which kind, and bytes that are free."""
+    """Bytes that training needs at its peak, of which kind, and bytes that are free.
+
+    ``host`` is what is free there, where the device has a memory of its own and it is known.
+    """
 
     counted: Footprint
     free: int
+    host: int | None = None
 
     @property
     def needed(self) -> int:
@@ -46,11 +50,11 @@ class Memory:
     @property
     def fits(self) -> bool:
         """Whether it is there."""
-        return self.needed <= self.free
+        return self.needed <= self.free and (self.host is None or self.counted.host <= self.host)
 
     def to_json(self) -> dict[str, int]:
         """Its numbers."""
-        parts = {k: getattr(self.counted, k) for k in ("weights", "optimizer", "step")}
+        parts = {k: getattr(self.counted, k) for k in ("weights", "optimizer", "step", "host")}
         return {"needed": self.needed, "free": self.free} | parts
 
 
@@ -93,6 +97,7 @@ def choose(
     Raises:
         ResourceError: none fits; the sentence says how much is missing.
     """
+    host = None if free is not None or device.startswith("cpu") else _free("cpu")
     free = _free(device) if free is None else free
     if not exact and not settings.block_by_block:
         plenty = Memory(roughly(build, settings, "there is plenty"), round(free / PLENTY))
@@ -103,7 +108,7 @@ def choose(
 
     def needs(candidate: Training) -> Memory:
         if candidate not in counted:
-            counted[candidate] = Memory(_counted(build, scheme, candidate, device), free)
+            counted[candidate] = Memory(_counted(build, scheme, candidate, device), free, host)
         return counted[candidate]
 
     for family in families(settings, by_blocks):
@@ -150,7 +155,7 @@ def _changeable(settings: Training) -> bool:
 
 
 def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
-    """As asked; smaller micro batches; activations recomputed."""
+    """As asked; smaller micro batches; activations recomputed; the teacher in 8 bits too."""
     yield settings, _said(settings)
     size = settings.micro_batch_size or settings.batch_size
     while size > 1 and settings.micro_batch_size is None:
@@ -160,6 +165,10 @@ def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
     if not settings.gradient_checkpointing:
         again = replace(settings, micro_batch_size=size, gradient_checkpointing=True)
         yield again, _said(again)
+        settings = again
+    if settings.teacher_dtype == "float32" and settings.objective == "distill":
+        eight = replace(settings, micro_batch_size=size, teacher_dtype="int8")
+        yield eight, _said(eight)
 
 
 def _counted(
@@ -177,11 +186,14 @@ def _said(settings: Training) -> str:
     how = {"all": "end to end", "scales": "scales and shifts alone", "low-rank": "an adapter"}
     said = f"{how[settings.train]}, micro batches of "
     said += str(settings.micro_batch_size or settings.batch_size)
-    return said + (", activations recomputed" if settings.gradient_checkpointing else "")
+    said += ", activations recomputed" if settings.gradient_checkpointing else ""
+    return said + (", the teacher in 8 bits" if settings.teacher_dtype == "int8" else "")
 
 
 def _why(how: str, memory: Memory) -> str:
     said = f"{how}: needs about {_gb(memory.needed)} of the {_gb(memory.free)} that are free"
+    if memory.counted.host:
+        said += f", and {_gb(memory.counted.host)} of the host's to load it"
     if memory.counted.rough:
         said += f" (estimated from shapes: {memory.counted.rough})"
     return said

@@ -19,7 +19,7 @@ from ternq import budget, checkpoint, hf, optimize, processes, runs, scratch, sn
 from ternq import corpus as corpora
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError
-from ternq.frozen import fold, plain_state
+from ternq.frozen import arrange, fold, made_on_host, plain_state
 from ternq.linear import (
     AbsmeanLinear,
     Selection,
@@ -53,6 +53,15 @@ class Prepared:
     notes: list[str]
     teacher_weights: str  # their fingerprint
     dense: bool = True  # what is trained was; else it was ternary already
+    device: str = "cpu"  # that it is trained on
+
+    def settle(self) -> None:
+        """Have weights held as training holds them, and where."""
+        pair = [loaded.model for loaded in (self.student, self.teacher) if loaded is not None]
+        self.selection.chosen.clear()  # dense layers, which are to go
+        arrange(pair[0], self.recipe.training, self.recipe.seed, *pair[1:])
+        for model in pair:
+            model.to(self.device)
 
 
 def distill(
@@ -228,7 +237,7 @@ def prepare_run(
     if device == "cpu":
         torch.manual_seed(recipe.seed)
     options: dict[str, Any] = {
-        "device": device,
+        "device": "cpu" if made_on_host(recipe.training, device) else device,
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
@@ -267,6 +276,9 @@ def prepare_run(
     notes += [note] if note else []
     if recipe.training.cache_teacher and recipe.training.off:
         notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
+    if recipe.training.teacher_dtype != "float32":
+        held = recipe.training.teacher_dtype
+        notes.append(f"Teacher: its layers are held in {held}, and so it is measured.")
     for note in notes:
         progress(Event("plan", note))
     if big is None:
@@ -280,7 +292,8 @@ def prepare_run(
                 writer, whole, specs, offline=offline, progress=progress, cache=cache
             )
         )
-    return Prepared(recipe, big, student, selection, text, notes, taught, base.kind == "dense")
+    dense = base.kind == "dense"
+    return Prepared(recipe, big, student, selection, text, notes, taught, dense, device)
 
 
 def refuse_own_code(base: hf.Loaded) -> None:
@@ -334,6 +347,9 @@ def fitting(
             micro_batch_size=training.micro_batch_size or then.micro_batch_size,
             gradient_checkpointing=training.gradient_checkpointing or then.gradient_checkpointing,
             train=then.train if training.train == "all" else training.train,
+            teacher_dtype=then.teacher_dtype
+            if training.teacher_dtype == "float32"
+            else training.teacher_dtype,
             block_by_block=training.block_by_block or then.block_by_block,
         )
         notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
@@ -429,8 +445,8 @@ def train_run(
     recipe, student = prepared.recipe, prepared.student
     if recipe.training.start != "closed-form" and prepared.dense:
         _compensate(prepared, out, record, progress)
+    prepared.settle()
     record |= processes.from_main(lambda: _measured(prepared, record, progress))
-    prepared.selection.chosen.clear()  # dense layers, whose weights `--train` may let go
     trainer = Trainer(
         student=student.model,
         teacher=prepared.teacher and prepared.teacher.model,

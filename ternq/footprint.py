@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ternq.corpus import HELD_OUT_TOKENS
+from ternq.frozen import made_on_host
 from ternq.hf import max_length
 from ternq.linear import decoder_blocks, ternary_layers
 from ternq.optimize import take_step
@@ -39,9 +40,9 @@ class Footprint:
 
     ``weights`` of teacher and student, ``optimizer`` its states, ``step`` what a step takes beside
     them at its peak: activations, gradients, rounded weights. ``loading`` is held before some of it
-    is let go of, as dense weights are that become codes; ``evaluation`` is what measuring a
-    perplexity takes, before training and after it. ``rough`` says why it could only be estimated
-    from the shapes; None where it was counted.
+    is let go of, as dense weights are that become codes; on ``host`` where that is another memory.
+    ``evaluation`` is what measuring a perplexity takes, before training and after it. ``rough``
+    says why it could only be estimated from the shapes; None where it was counted.
     """
 
     weights: int
@@ -51,6 +52,7 @@ class Footprint:
     trained: int
     ternary: int
     loading: int = 0
+    host: int = 0
     evaluation: int = 0
     rough: str | None = None
 
@@ -76,7 +78,8 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 1  # what .item() gives of a tensor that has no value: true, finite, one
         found = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
+            # a state in 8 bits is a tensor around others, with nothing of its own
+            if isinstance(leaf, Tensor) and not hasattr(leaf, "__tensor_flatten__"):
                 self._count(leaf.untyped_storage())
         return found
 
@@ -153,6 +156,8 @@ def _counted(
             teacher = None
         del twin, model
         alive.peak = alive.now
+        if teacher is not None:
+            teacher.requires_grad_(False)  # autocast would keep what it makes of it
         ids = torch.zeros(settings.sequence_length, dtype=torch.int64)
         trainer = Trainer(
             student=student,
@@ -167,6 +172,7 @@ def _counted(
         bf16 = device != "cpu" or has_bf16(torch.device("cpu"))
         trainer.objective.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         weights, loading = alive.now, alive.peak
+        host = loading if made_on_host(settings, device) else 0
         for parameter in filter(lambda p: p.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         take_step(trainer.optimizer, settings, seed=0, step=0, norm=0.0)  # makes its states
@@ -183,7 +189,8 @@ def _counted(
         parameters=sum(p.numel() for p in student.parameters()),
         trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
         ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
-        loading=loading,
+        loading=loading - host,
+        host=host,
         evaluation=alive.peak - before,
     )
 

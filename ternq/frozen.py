@@ -2,7 +2,8 @@
 
 Both hold one byte a weight, and no gradient or optimizer state of it. Their float weight exists
 for one layer at a time: it is made in the forward pass, dropped, and made again in the backward
-pass. `arrange` puts them in; `fold` turns adapters into codes when training has ended.
+pass. `arrange` puts them in, and holds the teacher in fewer bytes where that is asked for
+(`Compact`); `fold` turns adapters into codes when training has ended.
 
 LR-QAT (Bondarenko et al. 2024, arXiv 2406.06385) as in its published code (`hijacker.py`,
 `qat_utils.py` of github.com/Qualcomm-AI-research/lr-qat); the paper was not seen. What is ours is
@@ -11,6 +12,7 @@ factor ``alpha / rank`` before the adapter.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ternq import ternary
-from ternq.linear import TernaryLinear, ternary_layers
+from ternq.linear import TernaryLinear, compute_dtype, dense_weight, ternary_layers
+from ternq.modeling_ternq import is_linear
 from ternq.recipe import Training
 
 _NO_SCALE = 1e-30  # below it, |scale| * code would not keep the codes
@@ -89,12 +92,9 @@ class LowRank(Frozen):
     """
 
     def __init__(self, layer: TernaryLinear, rank: int, generator: torch.Generator) -> None:
-        weight = layer.weight.detach().float()
-        groups = ternary.grouped(weight, layer.group_size)
-        step = groups.abs().amax(2) / 127
-        safe = torch.where(step > 0, step, torch.ones_like(step)).unsqueeze(2)
-        integers = ternary.ungrouped((groups / safe).round_(), weight.shape[1])
-        super().__init__(layer, integers.to(torch.int8))
+        weight = layer.weight.detach()
+        integers, step = in_eight_bits(weight, layer.group_size)
+        super().__init__(layer, integers)
         self.register_buffer("step", step)
         self.register_buffer("unit", layer.weight_scale.detach().abs())
         # nn.Linear's own start, as published: uniform within 1 / sqrt(in)
@@ -124,23 +124,91 @@ class LowRank(Frozen):
         return ternary.quantize(self.latent(), self.group_size)
 
 
-def arrange(model: nn.Module, settings: Training, seed: int = 0) -> None:
-    """Have every ternary layer hold its weight as ``--train`` and ``--latent`` say.
+class Compact(nn.Module):
+    """A teacher's linear layer that holds its weight ``[out, in]`` in bfloat16, or in int8.
 
-    Float weights are dropped one by one as the frozen ones take their place.
+    In int8 a weight is ``step`` (float32 ``[out, groups]``) times the integer. What is used is made
+    anew in every pass.
+    """
+
+    weight: Tensor
+    step: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, step: Tensor | None, group_size: int, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("step", step)
+        self.group_size, self.bias = group_size, bias
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in use, ``[out, in]``."""
+        if self.step is None:
+            return self.weight.to(dtype)
+        return ternary.dequantize(self.weight, self.step, None, self.group_size).to(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.values(compute_dtype(input)), self.bias)
+
+
+def in_eight_bits(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The nearest integers int8 ``[out, in]`` of -127 ... 127, and the step ``[out, groups]``."""
+    groups = ternary.grouped(weight.float(), group_size)
+    step = groups.abs().amax(2) / 127
+    safe = torch.where(step > 0, step, torch.ones_like(step)).unsqueeze(2)
+    integers = ternary.ungrouped((groups / safe).round_(), weight.shape[1])
+    return integers.to(torch.int8), step
+
+
+def made_on_host(settings: Training, device: str) -> bool:
+    """Whether models are loaded into the host's memory, since ``device`` is to hold less of them.
+
+    A start that is not the closed form takes passes through the float weights, on the device.
+    """
+    less = settings.train != "all" or settings.teacher_dtype != "float32"
+    return less and settings.start == "closed-form" and not device.startswith("cpu")
+
+
+def arrange(model: nn.Module, settings: Training, seed: int = 0, teacher: Any = None) -> None:
+    """Have ternary layers hold their weights as ``--train`` and ``--latent`` say, in place.
+
+    Those of ``teacher`` of the same names hold theirs as ``--teacher-dtype`` says. Float weights
+    are dropped one by one as others take their place; a second call changes nothing.
     """
     generator = torch.Generator().manual_seed(seed)
+    theirs = {} if teacher is None else dict(teacher.named_modules())
     for name in list(ternary_layers(model)):  # names alone: the layers are to go
         layer = model.get_submodule(name)
         assert isinstance(layer, TernaryLinear)
-        if isinstance(layer, Frozen):
-            continue
-        if settings.train == "scales":
-            model.set_submodule(name, FrozenCodes(layer))
-        elif settings.train == "low-rank":
-            model.set_submodule(name, LowRank(layer, settings.rank, generator))
-        elif settings.latent == "bfloat16":
+        weight = layer.weight
+        if settings.latent == "bfloat16" and not isinstance(layer, Frozen):
             layer.weight.data = layer.weight.data.bfloat16()
+        elif settings.train != "all" and not isinstance(layer, Frozen):
+            layer = _frozen(layer, settings, generator)
+            model.set_submodule(name, layer)
+        other = theirs.pop(name, None)
+        if settings.teacher_dtype != "float32" and is_linear(other):
+            # The base of an adapter is the teacher's weight in 8 bits: it is held once.
+            once = isinstance(layer, LowRank) and other.weight is weight
+            base = layer if once else None
+            teacher.set_submodule(name, _compact(other, settings, layer.group_size, base))
+        del weight, other
+
+
+def _frozen(layer: TernaryLinear, settings: Training, generator: torch.Generator) -> Frozen:
+    if settings.train == "scales":
+        return FrozenCodes(layer)
+    return LowRank(layer, settings.rank, generator)
+
+
+def _compact(layer: Any, settings: Training, group_size: int, base: Any) -> Compact:
+    bias = getattr(layer, "bias", None)
+    if settings.teacher_dtype == "bfloat16":
+        return Compact(dense_weight(layer).bfloat16(), None, group_size, bias)
+    if base is not None:
+        return Compact(base.weight, base.step, group_size, bias)
+    return Compact(*in_eight_bits(dense_weight(layer), group_size), group_size, bias)
 
 
 def fold(model: nn.Module) -> None:

@@ -655,7 +655,10 @@ def _cut_digits(tokenizer: Any, header: Header) -> None:
 
 def _refuse_not_finite(model: nn.Module, source: str) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        ends = torch.stack(torch.aminmax(tensor))  # of which one is NaN or Inf if any value is
+        if not bool(torch.isfinite(ends).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"'{source}' has {bad} NaN or Inf values in {name}.")
 

@@ -99,6 +99,7 @@ def _times(
 ) -> dict[str, Any]:
     """How long the parts of it take, from a few steps and a few pages measured here."""
     progress(Event("plan", "Measuring how fast this machine trains and reads"))
+    prepared.settle()
     student = prepared.student.model
     teacher = prepared.teacher and prepared.teacher.model
     length = min(BLOCK, hf.max_length(student))

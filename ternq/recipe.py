@@ -25,6 +25,7 @@ Train = Literal["all", "scales", "low-rank"]
 Optimizer = Literal["adamw", "adamw-8bit"]
 Latent = Literal["float32", "bfloat16"]
 Method = Literal["dlt", "absmean", "float"]
+TeacherDtype = Literal["float32", "bfloat16", "int8"]
 Objective = Literal["distill", "ce"]
 Schedule = Literal["linear", "cosine"]
 Part = TypeVar("Part", "Scheme", "Training")
@@ -85,6 +86,7 @@ class Training:
         False, "Only compensate and reconstruct, one block at a time from disk, in little memory."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    teacher_dtype: TeacherDtype = option("float32", "What the teacher's weights are held in.")
     cache_teacher: bool = option(False, "Run the teacher once, and keep its output on disk.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")
     train: Train = option("all", "What learns: all, scales and shifts only, or an adapter too.")
@@ -155,6 +157,11 @@ class Training:
     def _only_cross_entropy(self) -> None:
         """Take the teacher's terms out, unless they were asked for by other than their defaults."""
         usual = defaults(Training)
+        if self.teacher_dtype != "float32":
+            raise RecipeError(
+                f"--objective ce has no teacher that --teacher-dtype {self.teacher_dtype} is of.",
+                "Leave --teacher-dtype out.",
+            )
         for name in ("off", "kl"):
             if getattr(self, name) not in (0, usual[name]):
                 raise RecipeError(

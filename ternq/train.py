@@ -60,7 +60,7 @@ class Trainer:
         self.device = device = next(self.student.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where Accelerate then works
-        arrange(self.student, self.settings, self.seed)
+        arrange(self.student, self.settings, self.seed, self.teacher)
         without_dropout(self.student)
         if self.settings.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import processes
+from ternq import packing, processes
 from ternq.errors import DivergenceError
 from ternq.linear import TernaryLinear, ternary_layers
 
@@ -47,7 +47,8 @@ class Watch:
         self.student = student
         self.initial = {n: _scales(m) for n, m in ternary_layers(student).items()}
         self.course = Course()
-        self.constant = set(_of_one_code(self.codes()))  # before anything was learned
+        layers = ternary_layers(student).items()
+        self.constant = {n for n, m in layers if _of_one_code(m.codes())}  # nothing was learned yet
         self.collapsed: list[str] = []
 
     def state(self) -> dict[str, Any]:
@@ -67,18 +68,24 @@ class Watch:
         return step % every == 0 or step == steps - 1
 
     def codes(self) -> dict[str, Tensor]:
-        """The codes in use, by layer; of a layer in shards, this process's rows."""
-        return {n: m.codes() for n, m in ternary_layers(self.student).items()}
+        """The codes in use by layer, packed, since they are kept while a step takes its memory.
+
+        Of a layer in shards, this process's rows.
+        """
+        layers = ternary_layers(self.student).items()
+        return {n: packing.pack_base3(m.codes(), check=False) for n, m in layers}
 
     def diagnostics(self, before: dict[str, Tensor]) -> dict[str, float]:
         """Share of codes this step flipped, share of zeros, drift of scales and shifts."""
-        after = self.codes()
-        self.collapsed = [n for n in _of_one_code(after) if n not in self.constant]
-        count = sum(c.numel() for c in after.values())
-        flips = sum(int((after[n] != before[n]).sum()) for n in after)
-        zeros = sum(int((c == 0).sum()) for c in after.values())
+        self.collapsed, count, flips, zeros = [], 0, 0, 0
         drift = [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
         for name, layer in ternary_layers(self.student).items():
+            codes = layer.codes()
+            if _of_one_code(codes) and name not in self.constant:
+                self.collapsed.append(name)
+            count += codes.numel()
+            flips += int((codes != packing.unpack_base3(before[name], codes.shape[1])).sum())
+            zeros += int((codes == 0).sum())
             for i, (now, start) in enumerate(zip(_scales(layer), self.initial[name], strict=True)):
                 scale = self.initial[name][0].abs().sum()
                 drift[i] += torch.stack([(now - start).abs().sum(), scale]).cpu().double()
@@ -131,13 +138,9 @@ def _diverged(step: int, why: str, instead: str) -> DivergenceError:
     )
 
 
-def _of_one_code(codes: dict[str, Tensor]) -> list[str]:
-    """The layers in which nearly all codes are alike."""
-    return [n for n, c in codes.items() if max(_share(c, v) for v in (-1, 0, 1)) >= ONE_CODE]
-
-
-def _share(codes: Tensor, value: int) -> float:
-    return int((codes == value).sum()) / codes.numel()
+def _of_one_code(codes: Tensor) -> bool:
+    """Whether nearly all codes of a layer are alike."""
+    return max(int((codes == v).sum()) for v in (-1, 0, 1)) >= ONE_CODE * codes.numel()
 
 
 def _scales(layer: TernaryLinear) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq import packing, ternary
+from ternq.frozen import Compact
 from ternq.linear import Ternary, TernaryLinear, dense_weight
 from ternq.modeling_ternq import Int8, PackedLinear, is_linear
 
@@ -116,10 +117,12 @@ def layer_diagnostics(model: nn.Module, dense: nn.Module | None = None) -> list[
 
 def relative_error(layer: Ternary, dense: nn.Module | None) -> float | None:
     """``||W_dense - W_ternary|| / ||W_dense||``; None where that is not defined."""
-    if not is_linear(dense):
+    if isinstance(dense, Compact):
+        wanted = dense.values().cpu()
+    elif dense is not None and is_linear(dense):
+        wanted = dense_weight(dense).float().cpu()
+    else:
         return None
-    assert dense is not None
-    wanted = dense_weight(dense).float().cpu()
     numbers = layer.numbers() if isinstance(layer, TernaryLinear) else layer
     weight = numbers.dequantized().cpu()
     norm = float(wanted.norm())

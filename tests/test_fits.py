@@ -20,14 +20,15 @@ import transformers
 from test_train import batch, close, gradients, random_blocks
 from torch import Tensor
 
-from ternq import corpus, hf, memory, optimize, ternary
+from ternq import corpus, hf, optimize, ternary
 from ternq.distill import distill
 from ternq.errors import RecipeError
-from ternq.frozen import Frozen, FrozenCodes, LowRank, arrange, fold, plain_state
+from ternq.frozen import Compact, Frozen, FrozenCodes, LowRank, arrange, fold, plain_state
 from ternq.linear import TernaryLinear, packed_layers, prepare, ternary_layers
 from ternq.pack import pack
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Ste, Training
+from ternq.student import student_of
 from ternq.ternarize import ternarize
 from ternq.train import Trainer
 
@@ -38,6 +39,7 @@ torchao = pytest.mark.skipif(
 MODES: list[Any] = [
     {"train": "scales"},
     {"train": "low-rank", "rank": 4},
+    {"train": "low-rank", "rank": 4, "teacher_dtype": "int8"},
     pytest.param({"optimizer": "adamw-8bit"}, marks=torchao),
     pytest.param({"latent": "bfloat16"}, marks=torchao),
     pytest.param({"latent": "bfloat16", "optimizer": "adamw-8bit"}, marks=torchao),
@@ -146,79 +148,6 @@ def test_no_float_weight_waits_for_the_backward_pass(make: Any) -> None:
     assert not any(p.numel() == made.weight.numel() for p in made.parameters())
 
 
-COMBINATIONS = [
-    *[({"train": t, "rank": 64}, True) for t in ("all", "scales", "low-rank")],
-    ({"train": "scales"}, False),
-    *[
-        pytest.param({"optimizer": o, "train": t, "rank": 64, "latent": latent}, s, marks=torchao)
-        for o, t, latent, s in [
-            ("adamw-8bit", "all", "float32", True),
-            ("adamw-8bit", "scales", "float32", True),
-            ("adamw-8bit", "low-rank", "float32", True),
-            ("adamw", "all", "bfloat16", True),
-            ("adamw-8bit", "all", "bfloat16", False),
-        ]
-    ],
-]
-
-
-@pytest.mark.parametrize(("settings", "shift"), COMBINATIONS)
-def test_computed_bytes_are_those_that_are_there(settings: dict[str, Any], shift: bool) -> None:
-    training, scheme = Training(**settings), Scheme(group_size=GROUP, shift=shift, skip=("v_proj",))
-    student = teacher()
-    selection = prepare(student, scheme)
-    shapes = memory.shapes(student, ternary_layers(student), 2)
-    assert shapes == memory.shapes(teacher(), selection.chosen, 2)
-    assert shapes.parameters == sum(p.numel() for p in teacher().parameters())
-    arrange(student, training)
-    adamw = optimize.optimizer(student, training)
-    student(input_ids=batch()).logits.square().mean().backward()
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    held = memory.held(shapes, training, scheme)
-    assert held.gradients == sum(g.nbytes for g in gradients)
-    optimize.take_step(adamw, training, seed=0, step=0, norm=1.0)
-    tensors = [*student.parameters(), *student.buffers()]
-    assert held.weights == sum(t.nbytes for t in tensors)
-    states = [v for state in adamw.state.values() for v in state.values()]
-    assert held.states == sum(map(nbytes, states))
-
-
-def nbytes(tensor: Tensor) -> int:
-    names = getattr(tensor, "tensor_attrs", None)
-    return sum(getattr(tensor, n).nbytes for n in names) if names else tensor.nbytes
-
-
-def test_the_graph_keeps_what_is_said(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
-    layers = ternary_layers(made.student)
-    sizes = {tuple(m.weight.shape) for m in layers.values()}
-    own = {p.data_ptr() for p in made.student.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        shape = tuple(tensor.shape)
-        weighty = tensor.dtype == torch.int8 or {shape, shape[::-1]} & sizes
-        if weighty and tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss, _ = made.objective(batch(3))
-    held = memory.held(memory.shapes(made.student, layers, 2), made.settings, Scheme())
-    assert sum(t.numel() * t.itemsize for t in kept.values()) == held.rounding
-    assert loss.requires_grad
-
-
-def test_the_host_has_what_the_device_has_not() -> None:
-    shapes = memory.Shapes(((64, 64), (32, 64)), (64,), 10, 0, 1)
-    usual = memory.held(shapes, Training(), Scheme(group_size=GROUP))
-    moved = memory.held(shapes, Training(offload=True), Scheme(group_size=GROUP))
-    assert usual.host == 0
-    assert moved.host == 64 * 64 * 16 + 4  # copy, gradient and two moments of the one large tensor
-    assert moved.states == usual.states - 64 * 64 * 8 - 4
-    assert moved.weights == usual.weights
-
-
 # Frozen layers
 
 
@@ -240,6 +169,65 @@ def test_an_adapter_of_full_rank_reaches_any_codes() -> None:
         made.adapter_a.copy_(torch.eye(40))
         made.adapter_b.copy_(change)
     assert torch.equal(made.codes(), ternary.quantize(wanted, GROUP))
+
+
+def pair(training: Training) -> tuple[Any, Any]:
+    """A teacher and its student, arranged."""
+    big = teacher()
+    student, _ = student_of(big, Scheme(group_size=GROUP), training)
+    arrange(student, training, teacher=big)
+    return student, big
+
+
+@pytest.mark.parametrize("train", ["all", "low-rank", "scales"])
+def test_a_teacher_in_eight_bits_is_near(train: Any) -> None:
+    student, big = pair(Training(train=train, teacher_dtype="int8"))
+    whole, ids = teacher(), batch()
+    kept = {n: m for n, m in big.named_modules() if isinstance(m, Compact)}
+    assert set(kept) == set(ternary_layers(student))
+    for name, layer in kept.items():
+        weight = whole.get_submodule(name).weight
+        step = ternary.grouped(weight, GROUP).abs().amax(2, keepdim=True) / 127
+        apart = ternary.grouped((layer.values() - weight).abs(), GROUP)
+        assert bool((apart <= step / 2 * 1.001).all())
+        weight.data = layer.values()
+        base = student.get_submodule(name)
+        assert (base.weight is layer.weight) == (train == "low-rank")  # held once
+    assert torch.equal(big(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_a_teacher_in_bfloat16_has_the_weights_of_one() -> None:
+    big = pair(Training(teacher_dtype="bfloat16"))[1]
+    rounded = teacher()
+    for name, layer in big.named_modules():
+        if isinstance(layer, Compact):
+            assert layer.weight.dtype == torch.bfloat16
+            weight = rounded.get_submodule(name).weight
+            weight.data = weight.bfloat16().float()
+    assert torch.equal(big(input_ids=batch()).logits, rounded(input_ids=batch()).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(big(input_ids=batch()).logits, rounded(input_ids=batch()).logits)
+
+
+def test_an_adapter_whose_start_is_not_the_teacher_has_a_base_of_its_own() -> None:
+    big, training = teacher(), Training(train="low-rank", teacher_dtype="int8")
+    other, _ = student_of(teacher(), Scheme(group_size=GROUP), training)
+    arrange(other, training, teacher=big)
+    for name, layer in ternary_layers(other).items():
+        assert layer.weight is not big.get_submodule(name).weight
+
+
+def test_arranging_twice_is_arranging_once() -> None:
+    training = Training(train="low-rank", teacher_dtype="int8")
+    student, big = pair(training)
+    before = [*student.modules(), *big.modules()]
+    arrange(student, training, seed=1, teacher=big)
+    assert all(a is b for a, b in zip(before, [*student.modules(), *big.modules()], strict=True))
+
+
+def test_nothing_but_a_teacher_is_held_in_less() -> None:
+    with pytest.raises(RecipeError, match="--teacher-dtype int8"):
+        Training(objective="ce", teacher_dtype="int8")
 
 
 def test_adapters_come_from_the_seed() -> None:

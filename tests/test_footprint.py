@@ -1,5 +1,6 @@
 """Memory counted before anything is loaded, against sizes known in closed form and a real step."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import repeat
@@ -24,6 +25,9 @@ from ternq.train import Trainer
 from ternq.walk import bytes_needed
 from ternq.watch import Watch
 
+torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
 SCHEME = Scheme(group_size=16)
 SETTINGS = Training(batch_size=2, sequence_length=16, steps=1)
 
@@ -61,6 +65,59 @@ def test_weights_and_optimizer_are_those_of_the_models(kind: str) -> None:
     trained = [p for p in student.parameters() if p.requires_grad]
     assert found.optimizer >= 8 * found.trained
     assert found.optimizer < 8 * found.trained + 1000 * len(trained)
+
+
+def _bytes(value: Any) -> int:
+    """Of a state, or of the pieces of one in 8 bits."""
+    pieces = getattr(value, "tensor_attrs", None)
+    return sum(getattr(value, n).nbytes for n in pieces) if pieces else value.nbytes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "scales"},
+        {"train": "low-rank", "rank": 64},
+        {"train": "low-rank", "rank": 64, "teacher_dtype": "int8"},
+        {"teacher_dtype": "bfloat16"},
+        pytest.param({"optimizer": "adamw-8bit"}, marks=torchao),
+        pytest.param({"latent": "bfloat16"}, marks=torchao),
+        pytest.param({"latent": "bfloat16", "optimizer": "adamw-8bit"}, marks=torchao),
+    ],
+)
+def test_counted_are_the_tensors_that_are_there(settings: dict[str, Any], tmp_path: Path) -> None:
+    training = replace(SETTINGS, **settings)
+    config = transformers.LlamaConfig(**(checkpoints.LLAMA | {"hidden_size": 64, "num_attention_heads": 4}))
+
+    def build() -> Any:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    teacher = build()
+    student, _ = student_of(teacher, SCHEME, training)
+    teacher.requires_grad_(False)
+    ids = repeat(torch.zeros(16, dtype=torch.int64))
+    made = Trainer(student, teacher, ids, training, 1, tmp_path, ignore, alone=True)
+    tensors = [t for m in (student, teacher) for t in (*m.parameters(), *m.buffers())]
+    tensors += [t for own in made.watch.initial.values() for t in own]
+    held = sum(s.nbytes() for s in {t.untyped_storage() for t in tensors})
+    made.one_step()
+    states = sum(_bytes(v) for s in made.optimizer.state.values() for v in s.values())
+    found = footprint(build, SCHEME, training, "cpu")
+    assert found.weights == pytest.approx(held, rel=0.01)
+    assert found.optimizer == pytest.approx(states, rel=0.02)
+
+
+def test_a_model_for_another_device_is_loaded_on_the_host() -> None:
+    here, there = (
+        footprint(of("llama"), SCHEME, replace(SETTINGS, train="low-rank"), device)
+        for device in ("cpu", "cuda")
+    )
+    assert here.host == 0 and there.loading == 0
+    assert here.loading == there.host > 4 * here.parameters
+    whole = footprint(of("llama"), SCHEME, SETTINGS, "cuda")
+    assert whole.host == 0 and whole.loading > 0
+    assert not budget.Memory(there, free=2**40, host=there.host - 1).fits
+    assert budget.Memory(there, free=2**40, host=there.host).fits
 
 
 def test_what_does_not_learn_is_held_once() -> None:

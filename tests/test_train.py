@@ -275,7 +275,7 @@ def test_one_flip_is_counted(tmp_path: Path) -> None:
         row = layer.weight[0, :16]
         largest = int(row.abs().argmax())
         row[largest] = -row[largest]
-    count = sum(c.numel() for c in before.values())
+    count = sum(m.weight.numel() for m in ternary_layers(made.student).values())
     assert made.watch.diagnostics(before)["flip_share"] == 1 / count
 
 
