@@ -87,7 +87,8 @@ def _bytes(value: Any) -> int:
 )
 def test_counted_are_the_tensors_that_are_there(settings: dict[str, Any], tmp_path: Path) -> None:
     training = replace(SETTINGS, **settings)
-    config = transformers.LlamaConfig(**(checkpoints.LLAMA | {"hidden_size": 64, "num_attention_heads": 4}))
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**(checkpoints.LLAMA | sizes))
 
     def build() -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
