@@ -8,6 +8,12 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
+/* Memory answers late: without this a third of the speed is lost. */
+INLINE void fetch_ahead(const uint8_t *word) {
+    _mm_prefetch((const char *)word + NEAR, _MM_HINT_T0);
+    _mm_prefetch((const char *)word + FAR, _MM_HINT_T1);
+}
+
 TARGET INLINE __m512i four(const int8_t *q) { /* four activations for every row */
     int32_t bits;
     memcpy(&bits, q, 4);
@@ -48,7 +54,7 @@ TARGET INLINE void one_token(const ternq_shape *s, const uint8_t *block, const t
                 for (int f = 0; f < 4; f++) a[p][f] = _mm512_setzero_si512();
             for (int64_t i = 0; i < words; i++, word += WORD, q += 16) {
                 const __m512i v = _mm512_loadu_si512(word);
-                _mm_prefetch((const char *)word + AHEAD, _MM_HINT_T0);
+                fetch_ahead(word);
                 for (int p = 0; p < planes; p++) {
                     const int8_t *at = q + p * plane;
                     a[p][0] = _mm512_dpbusd_epi32(a[p][0], _mm512_and_si512(v, mask0), four(at));

@@ -17,7 +17,7 @@ enum {
     SEGMENT = 128,         /* columns that share a rounding of activations; int16 sums hold as many */
     SEGMENT_WORDS = SEGMENT / 16,
     CHUNK = 128,           /* tokens that are multiplied in one go */
-    AHEAD = 4096,          /* bytes that are fetched ahead: a third faster than without, measured */
+    NEAR = 1024, FAR = 8192, /* bytes that are fetched ahead, into the first and second cache */
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -112,7 +112,7 @@ INLINE float round_segment(const float *x, int width, int8_t *high, int8_t *low,
         total += q;
         int32_t upper = planes == 2 ? (q + 128) >> 8 : q;
         high[i] = (int8_t)upper;
-        low[i] = (int8_t)(q - 256 * upper);
+        low[i] = (int8_t)q; /* q - 256 * upper */
     }
     memset(high + width, 0, (size_t)(SEGMENT - width));
     memset(low + width, 0, (size_t)(SEGMENT - width));

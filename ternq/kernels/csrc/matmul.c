@@ -252,11 +252,17 @@ static void multiply_plainly(const product *p, const uint8_t *block, int64_t tok
     }
 }
 
-static void store(const product *p, int64_t token, int64_t row, int64_t rows, float *out) {
-    if (p->bias)
-        for (int64_t r = 0; r < rows; r++) out[r] += p->bias[row + r];
-    size_t at = (size_t)(token * p->s->rows + row) * ternq_size_of(p->dtype);
-    ternq_from_float(out, p->y + at, rows, p->dtype);
+/* The block's products into y, with the bias added. */
+static void store(const product *p, int64_t block, float (*out)[ROWS]) {
+    const int64_t row = block * ROWS, rows = min64(ROWS, p->s->rows - row);
+    float bias[ROWS] = {0};
+    if (p->bias) memcpy(bias, p->bias + row, (size_t)rows * sizeof(float));
+    for (int64_t t = 0; t < p->tokens; t++) {
+        char *y = p->y + (size_t)(t * p->s->rows + row) * ternq_size_of(p->dtype);
+        for (int r = 0; r < ROWS; r++) out[t][r] += bias[r];
+        if (rows == ROWS && p->dtype == TERNQ_FLOAT32) memcpy(y, out[t], sizeof out[t]);
+        else ternq_from_float(out[t], y, rows, p->dtype);
+    }
 }
 
 static void multiply_blocks(void *given) {
@@ -270,11 +276,9 @@ static void multiply_blocks(void *given) {
         for (; block < last; block++) {
             const uint8_t *data = p->data + block * s->stride;
             p->kernel->multiply(s, data, &x, 0, p->tokens, out);
-            int64_t rows = min64(ROWS, s->rows - block * ROWS);
-            for (int64_t t = 0; t < p->tokens; t++) {
+            for (int64_t t = 0; t < p->tokens; t++)
                 if (!p->finite[t]) multiply_plainly(p, data, t, out[t]);
-                store(p, t, block * ROWS, rows, out[t]);
-            }
+            store(p, block, out);
         }
         if (last == s->blocks) return;
     }
