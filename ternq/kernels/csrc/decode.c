@@ -33,6 +33,7 @@ typedef int8_t bytes __attribute__((vector_size(WIDTH)));
 
 enum { TABLE_INT8 = 3 }; /* beside the dtypes of ternq.h: rows of int8, with a float16 scale each */
 enum { ROWS = 16 };      /* of a block of a packed matrix */
+enum { AHEAD = 4096 };   /* bytes of a table, from what is asked for to what is used */
 
 typedef struct {
     const void *rows; /* [vocabulary][hidden] */
@@ -438,27 +439,26 @@ static INLINE void attend(ternq_decoder *d, int id, int64_t layer)
     }
 }
 
-/* Rows first ... last - 1 of the head times x: four at a time, so that x is read a quarter as often. */
+/* Rows first ... last - 1 of the head times x. A table is larger than any cache: rows are read in the
+ * order of memory, and asked for well before they are needed. */
 static INLINE void head_rows(const ternq_table *t, int64_t dtype, const float *x, int64_t columns,
                              int64_t first, int64_t last, float *y)
 {
-    for (int64_t r = first; r < last; r += 4) {
-        const void *row[4];
+    const int64_t step = 4 * WIDTH;
+    for (int64_t r = first; r < last; r++) {
+        const char *row = table_row(t, r, columns), *end = table_row(t, r + 1, columns);
         vec part[4] = {{0}, {0}, {0}, {0}};
-        float total[4] = {0};
+        float total = 0;
         int64_t i = 0;
-        for (int u = 0; u < 4; u++)
-            row[u] = table_row(t, r + u < last ? r + u : r, columns);
-        for (; i + WIDTH <= columns; i += WIDTH)
+        for (const char *line = row; line < end; line += 64)
+            __builtin_prefetch(line + AHEAD);
+        for (; i + step <= columns; i += step)
             for (int u = 0; u < 4; u++)
-                part[u] += load(x + i) * entries(row[u], i, dtype);
+                part[u] += load(x + i + u * WIDTH) * entries(row, i + u * WIDTH, dtype);
         for (; i < columns; i++)
-            for (int u = 0; u < 4; u++)
-                total[u] += x[i] * entry(row[u], i, dtype);
-        for (int u = 0; u < 4 && r + u < last; u++) {
-            float scale = dtype == TABLE_INT8 ? half_to_float(t->scale[r + u]) : 1.0f;
-            y[r + u] = scale * (total[u] + sum(part[u]));
-        }
+            total += x[i] * entry(row, i, dtype);
+        total += sum((part[0] + part[1]) + (part[2] + part[3]));
+        y[r] = dtype == TABLE_INT8 ? total * half_to_float(t->scale[r]) : total;
     }
 }
 
