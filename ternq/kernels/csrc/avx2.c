@@ -46,6 +46,7 @@ TARGET INLINE __m256i half_dot(const uint8_t *word, int64_t words, const int8_t 
     __m256i a[2][2];
     for (int p = 0; p < planes; p++) a[p][0] = a[p][1] = _mm256_setzero_si256();
     for (int64_t i = 0; i < words; i++, word += WORD, q += 16) {
+        _mm_prefetch((const char *)word + AHEAD, _MM_HINT_T0);
         const __m256i v = half_word(word), w = _mm256_srli_epi16(v, 4);
         const __m256i f0 = _mm256_and_si256(v, even), f1 = _mm256_and_si256(v, odd);
         const __m256i f2 = _mm256_and_si256(w, even), f3 = _mm256_and_si256(w, odd);

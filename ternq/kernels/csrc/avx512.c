@@ -48,6 +48,7 @@ TARGET INLINE void one_token(const ternq_shape *s, const uint8_t *block, const t
                 for (int f = 0; f < 4; f++) a[p][f] = _mm512_setzero_si512();
             for (int64_t i = 0; i < words; i++, word += WORD, q += 16) {
                 const __m512i v = _mm512_loadu_si512(word);
+                _mm_prefetch((const char *)word + AHEAD, _MM_HINT_T0);
                 for (int p = 0; p < planes; p++) {
                     const int8_t *at = q + p * plane;
                     a[p][0] = _mm512_dpbusd_epi32(a[p][0], _mm512_and_si512(v, mask0), four(at));
