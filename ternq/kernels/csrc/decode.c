@@ -377,65 +377,78 @@ static INLINE void place(ternq_decoder *d, int id, int64_t layer)
     }
 }
 
-/* softmax of q K' / sqrt(size) over n positions, into p [n rounded up]; returns what it lacks: the
- * sum to divide by. */
+/* exp(q K' / sqrt(size) - the highest) over n positions, into p [n up to a multiple of WIDTH];
+ * returns their sum. */
 static INLINE float weigh(const float *q, const float *keys, int64_t n, int64_t size,
                           int64_t padded, float *p)
 {
-    float scale = 1.0f / sqrtf((float)size), highest = -INFINITY, total = 0;
+    float scale = 1.0f / sqrtf((float)size), highest = -INFINITY;
+    vec top = splat(-INFINITY), total = {0};
     for (int64_t j = 0; j < n; j += WIDTH) {
         const float *column = keys + j * padded;
         vec part[4] = {{0}, {0}, {0}, {0}};
         int64_t i = 0;
-        for (; i + 4 <= size; i += 4)
+        for (; i + 4 <= size; i += 4) {
+            for (int line = 0; line < 4 * WIDTH; line += 16)
+                __builtin_prefetch(column + i * WIDTH + line + AHEAD / 4);
             for (int u = 0; u < 4; u++)
                 part[u] += q[i + u] * load(column + (i + u) * WIDTH);
+        }
         for (; i < size; i++)
             part[0] += q[i] * load(column + i * WIDTH);
         store(p + j, scale * ((part[0] + part[1]) + (part[2] + part[3])));
     }
-    for (int64_t j = 0; j < n; j++)
-        highest = p[j] > highest ? p[j] : highest;
     for (int64_t j = n; j % WIDTH; j++)
         p[j] = -INFINITY;
     for (int64_t j = 0; j < n; j += WIDTH)
-        store(p + j, exponential(load(p + j) - highest));
-    for (int64_t j = 0; j < n; j++)
-        total += p[j];
-    return total;
+        top = choose((bits)(load(p + j) > top), load(p + j), top);
+    for (int u = 0; u < WIDTH; u++)
+        highest = top[u] > highest ? top[u] : highest;
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        vec e = exponential(load(p + j) - highest);
+        total += e;
+        store(p + j, e);
+    }
+    return sum(total);
 }
 
-/* y = sum of p_j values_j / total, over n positions. */
+/* y = sum of p_j values_j, over n positions, times `scale`. */
 static INLINE void mix(const float *p, const float *values, int64_t n, int64_t size, int64_t padded,
-                       float total, float *y)
+                       float scale, float *y)
 {
-    for (int64_t i = 0; i < padded; i += 4 * WIDTH) {
-        int64_t left = (padded - i) / WIDTH, vectors = left < 4 ? left : 4;
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= size; i += 4 * WIDTH) {
         vec part[4] = {{0}, {0}, {0}, {0}};
-        if (vectors == 4)
-            for (int64_t j = 0; j < n; j++)
-                for (int u = 0; u < 4; u++)
-                    part[u] += p[j] * load(values + j * padded + i + u * WIDTH);
-        else
-            for (int64_t j = 0; j < n; j++)
-                for (int u = 0; u < vectors; u++)
-                    part[u] += p[j] * load(values + j * padded + i + u * WIDTH);
-        for (int u = 0; u < vectors; u++)
-            for (int w = 0; w < WIDTH && i + u * WIDTH + w < size; w++)
-                y[i + u * WIDTH + w] = part[u][w] / total;
+        for (int64_t j = 0; j < n; j++) {
+            const float *from = values + j * padded + i;
+            for (int line = 0; line < 4 * WIDTH; line += 16)
+                __builtin_prefetch(from + line + AHEAD / 4);
+            for (int u = 0; u < 4; u++)
+                part[u] += p[j] * load(from + u * WIDTH);
+        }
+        for (int u = 0; u < 4; u++)
+            store(y + i + u * WIDTH, scale * part[u]);
+    }
+    for (; i < size; i++) {
+        y[i] = 0;
+        for (int64_t j = 0; j < n; j++)
+            y[i] += p[j] * values[j * padded + i];
+        y[i] *= scale;
     }
 }
 
+/* Head by head, so that consecutive tasks read the same keys and values. */
 static INLINE void attend(ternq_decoder *d, int id, int64_t layer)
 {
     const ternq_model *m = &d->model;
-    int64_t size = m->head_dim, shared = m->heads / m->kv_heads;
+    int64_t a, b, size = m->head_dim, shared = m->heads / m->kv_heads;
     float *p = d->scratch + id * d->each;
-    for (int64_t task = id; task < d->count * m->heads; task += d->threads) {
-        int64_t t = task / m->heads, h = task % m->heads, n = d->position + t + 1;
-        int64_t from = cached(d, layer, h / shared);
-        float total = weigh(d->q + task * size, d->keys + from, n, size, d->padded, p);
-        mix(p, d->values + from, n, size, d->padded, total, d->mixed + task * size);
+    share(d, id, d->count * m->heads, &a, &b);
+    for (int64_t task = a; task < b; task++) {
+        int64_t h = task / d->count, t = task % d->count, n = d->position + t + 1;
+        int64_t from = cached(d, layer, h / shared), at = (t * m->heads + h) * size;
+        float total = weigh(d->q + at, d->keys + from, n, size, d->padded, p);
+        mix(p, d->values + from, n, size, d->padded, 1.0f / total, d->mixed + at);
     }
 }
 
