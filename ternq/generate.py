@@ -243,17 +243,19 @@ def _memory(model: Any) -> dict[str, int]:
 
 def _run(job: Job, stream: Stream, dtype: Any, progress: Progress) -> dict[str, Any]:
     """Have one of the engines put tokens into the stream; what is to be told of it."""
+    import torch
+
     from ternq.decoder import obstacle
 
     model = job.loaded.model
-    chosen = "--dtype was given" if dtype is not None else None
+    chosen = f"it computes in {dtype}" if dtype not in (None, torch.float32) else None
     why = chosen or obstacle(model, len(job.ids) + job.count)
     if why is None:
         return {"engine": "native", "note": None} | _native(job, stream)
     if job.int8:
         raise RecipeError(f"--int8-activations is for the native decoder, and {why}.")
     if dtype is None and model.device.type == "cpu":
-        model.float()
+        torch.nn.Module.float(model)  # transformers' own refuses a quantized model
     note = f"Through transformers' generate: {why}." if job.loaded.kind == "packed" else None
     if note:
         progress(Event("generate", note))
