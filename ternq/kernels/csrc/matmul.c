@@ -105,6 +105,8 @@ static const ternq_kernel *kernel_in_use(void) {
     return atomic_load(&chosen);
 }
 
+int ternq_abi(void) { return TERNQ_ABI; }
+
 const char *ternq_isa(void) { return kernel_in_use()->name; }
 
 /* --- threads ---------------------------------------------------------------------------------------- */

@@ -14,12 +14,20 @@
  * 16 (q, k and v, or gate and up) are joined by joining their bytes.
  *
  * Functions return 0, or a negative number: TERNQ_BAD (sizes) or TERNQ_MEMORY. None keeps a pointer.
- * All but ternq_set_isa and ternq_set_parallel may be called from several threads at once.
+ * All but ternq_set_isa and ternq_set_parallel may be called from several threads at once. x86-64 and
+ * 64-bit ARM have kernels of their own; others, little-endian ones, run the portable one.
  */
 #ifndef TERNQ_H
 #define TERNQ_H
 
 #include <stdint.h>
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+#define TERNQ_ABI 1 /* counts changes of this file that a caller must know */
+int ternq_abi(void);
 
 enum { TERNQ_BAD = -1, TERNQ_MEMORY = -2 };
 enum { TERNQ_EXACT = 0, TERNQ_INT8 = 1 };                       /* act */
@@ -65,5 +73,9 @@ void ternq_set_parallel(void (*gomp_parallel)(void (*)(void *), void *, unsigned
  * does not have (or NULL: the best) is TERNQ_BAD. */
 const char *ternq_isa(void);
 int ternq_set_isa(const char *name);
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 
 #endif
