@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ternq import kernels
 from ternq.errors import ResourceError
 from ternq.kernels import native
+from ternq.kernels.packed import PackedWeight
 from ternq.modeling_ternq import Int8, PackedLinear
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -92,7 +94,9 @@ def obstacle(model: Any, context: int) -> str | None:
         for name in _LAYERS.values():
             if not isinstance(block.get_submodule(name), PackedLinear):
                 return "some of its layers are not ternary"
-    return native.missing()
+    if kernels.library() is None:
+        return f"its products are made by {kernels.choice()}"
+    return None
 
 
 class Decoder:
@@ -108,18 +112,16 @@ class Decoder:
     def __init__(self, model: Any, context: int, *, threads: int = 0, int8: bool = False) -> None:
         self.context, self.threads = context, threads or torch.get_num_threads()
         self.cache_bytes = 8 * context * _cached(model)
-        self._act = int(int8)
-        self._kept: list[Any] = [model]  # whatever the C code holds the address of
+        self._act = native.ACTS["int8" if int8 else "exact"]
+        self._kept: list[Any] = []  # whatever the C code holds the address of
         self._logits = torch.empty(model.config.vocab_size)
-        self._step = native.library().ternq_decoder_step
-        new = native.library().ternq_decoder_new
-        new.restype = ctypes.c_void_p
+        found = kernels.library()
+        assert found is not None, "obstacle() says so"
+        self._native = found
         described = self._describe(model)
-        self._self = new(
-            ctypes.byref(described),
-            ctypes.c_int64(context),
-            ctypes.c_int64(min(BATCH, context)),
-            ctypes.c_int(self.threads),
+        batch = min(BATCH, context)
+        self._self = found.library.ternq_decoder_new(
+            ctypes.addressof(described), context, batch, self.threads
         )
         if not self._self:
             raise ResourceError(f"There is not enough memory for {context} positions.")
@@ -134,13 +136,8 @@ class Decoder:
             ValueError: no ids, ids that the model does not have, or too many for the cache.
         """
         array = (ctypes.c_int64 * len(ids))(*ids)
-        status = self._step(
-            ctypes.c_void_p(self._self),
-            array,
-            ctypes.c_int64(len(ids)),
-            ctypes.c_int64(position),
-            ctypes.c_int(self._act),
-            ctypes.c_void_p(self._logits.data_ptr()),
+        status = self._native.library.ternq_decoder_step(
+            self._self, array, len(ids), position, self._act, self._logits.data_ptr()
         )
         if status:
             raise ValueError(f"{len(ids)} tokens at position {position}: error {status}")
@@ -149,7 +146,7 @@ class Decoder:
     def close(self) -> None:
         """End the threads and free the cache; a second call does nothing."""
         if self._self:
-            native.library().ternq_decoder_free(ctypes.c_void_p(self._self))
+            self._native.library.ternq_decoder_free(self._self)
             self._self = None
 
     def __enter__(self) -> "Decoder":
@@ -190,12 +187,20 @@ class Decoder:
         found = _Block()
         for name, where in _LAYERS.items():
             layer = block.get_submodule(where)
-            setattr(found, name, self._keep(native.matrix(layer)))
+            setattr(found, name, self._matrix(layer))
             setattr(found, f"{name}_bias", self._floats(layer.bias))
         for name, where in _NORMS.items():
             norm = _submodule(block, where)
             setattr(found, name, None if norm is None else self._floats(norm.weight))
         return found
+
+    def _matrix(self, layer: PackedLinear) -> native.Matrix:
+        """The layer's own memory; small matrices, which torch is left to multiply, are copied."""
+        weight = layer.form()
+        if weight is None:
+            of_file = PackedWeight.of(*layer.stored(), layer.in_features, layer.group_size)
+            weight = self._native.convert(of_file)
+        return native.matrix_of(self._keep(weight))
 
     def _table(self, layer: Any) -> _Table:
         """Rows of the embedding or the output head, in the type that they have."""

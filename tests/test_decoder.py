@@ -10,14 +10,14 @@ from test_pack import LLAMA_LIKE, VOCABULARY, loaded
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ternq import hf
+from ternq import hf, kernels
 from ternq.decoder import BATCH, Decoder, obstacle
 from ternq.linear import prepare
 from ternq.pack import pack
 from ternq.recipe import Scheme
 
-if obstacle_of_machine := __import__("ternq.kernels.native", fromlist=["x"]).missing():
-    pytest.skip(obstacle_of_machine, allow_module_level=True)
+if kernels.native.load()[0] is None:
+    pytest.skip(kernels.native.load()[1], allow_module_level=True)
 
 LONG = {**LLAMA_LIKE, "max_position_embeddings": 200}
 TIED = {"tie_word_embeddings": True}

@@ -18,8 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#pragma GCC diagnostic ignored "-Wpsabi" /* no vector leaves this file */
-
+#define API __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 #if defined(__aarch64__)
 #define WIDTH 4
@@ -561,7 +560,7 @@ static void *work(void *start)
 /* Zeros. What is large takes memory only where it is written. */
 static float *floats(int64_t count) { return calloc((size_t)count + WIDTH, sizeof(float)); }
 
-void ternq_decoder_free(ternq_decoder *d)
+API void ternq_decoder_free(ternq_decoder *d)
 {
     if (!d)
         return;
@@ -627,7 +626,7 @@ static int start_workers(ternq_decoder *d)
 /* A decoder with an empty cache of `context` positions, which takes up to `batch` tokens at a time.
  * It reads the model's arrays as long as it lives; the structure itself is copied, but for its
  * blocks. NULL: not enough memory, or threads. */
-ternq_decoder *ternq_decoder_new(const ternq_model *model, int64_t context, int64_t batch,
+API ternq_decoder *ternq_decoder_new(const ternq_model *model, int64_t context, int64_t batch,
                                  int threads)
 {
     ternq_decoder *d = calloc(1, sizeof *d);
@@ -648,7 +647,7 @@ ternq_decoder *ternq_decoder_new(const ternq_model *model, int64_t context, int6
 
 /* Reads `count` ids at `position` and after, where those before it were read already (0 begins anew;
  * an earlier one forgets what came after), and writes the logits [vocabulary] after the last. */
-int ternq_decoder_step(ternq_decoder *d, const int64_t *ids, int64_t count, int64_t position,
+API int ternq_decoder_step(ternq_decoder *d, const int64_t *ids, int64_t count, int64_t position,
                        int act, float *logits)
 {
     if (count < 1 || position < 0 || position + count > d->context)
