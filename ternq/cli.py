@@ -423,7 +423,8 @@ def generate(
         options.option("--temperature", metavar="X", min=0.0, help="0 takes the likeliest token."),
     ] = 0.0,
     top_k: Annotated[
-        int, options.option("--top-k", metavar="N", min=0, help="Draw from the N likeliest. 0: all.")
+        int,
+        options.option("--top-k", metavar="N", min=0, help="Draw from the N likeliest; 0: all."),
     ] = 0,
     top_p: Annotated[
         float,
@@ -433,7 +434,7 @@ def generate(
     ] = 1.0,
     int8_activations: Annotated[
         bool,
-        options.option("--int8-activations", help="Round activations to 8 bits: faster, less exact."),
+        options.option("--int8-activations", help="Round activations to 8 bits, not 16."),
     ] = False,
     seed: options.Seed = None,
     device: options.Device = None,

@@ -3,6 +3,7 @@
 A packed model of Llama's kind is run by `ternq.decoder`, any other by transformers' ``generate``.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -277,7 +278,7 @@ def _native(job: Job, stream: Stream) -> dict[str, Any]:
                 logits = decoder.logits(ids, position)
                 position += len(ids)
                 token = job.sampling.draw(logits)
-                if not bool(logits[token].isfinite()):
+                if not math.isfinite(float(logits[token])):
                     raise InputError(f"The logits of '{job.loaded.name}' are not finite.")
                 stream.put(token)
                 if stream.ended:
@@ -300,6 +301,7 @@ def _transformers(job: Job, stream: Stream) -> dict[str, Any]:
     model, sampling = job.loaded.model, job.sampling
     ids = torch.tensor([job.ids], device=model.device)
     ends = sorted(stream.ends)
+    model.generation_config = type(model.generation_config)()  # what was asked for holds, no more
     how = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     stream.begin()
     with torch.inference_mode():

@@ -93,7 +93,5 @@ class Text:
 
     def _decode(self, ids: list[int]) -> str:
         return str(
-            self.tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )

@@ -74,7 +74,7 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
     assert len(ids) == 1 + 2 + 3 + 4 + 3 + 4 + 1
     found = pieces(tokenizer, ids)
     assert "".join(found) == "aé東👩‍🚀!"
-    assert [piece for piece in found if piece] == ["a", "é", "東", "👩", "\N{ZERO WIDTH JOINER}", "🚀", "!"]
+    assert list(filter(None, found)) == list("aé東👩‍🚀!")
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,6 +18,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast") /* which ISO C mode turns off: sums use fused products */
+#endif
 #define API __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
 #if defined(__aarch64__)
