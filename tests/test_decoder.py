@@ -1,5 +1,6 @@
 """The native decoder computes what transformers' forward computes, step by step."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ternq import hf, kernels
 from ternq.decoder import BATCH, Decoder, obstacle
+from ternq.kernels import build
 from ternq.linear import prepare
 from ternq.pack import pack
 from ternq.recipe import Scheme
@@ -169,3 +171,29 @@ def test_what_cannot_be_run_is_said(llama: Any, tmp_path: Path) -> None:
     dense.config.hidden_act = "gelu"
     dense.config.rope_parameters["rope_type"] = "default"
     assert "gelu" in str(obstacle(dense, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("isa", ["portable", "best"])
+def test_nothing_for_a_sanitizer(sanitizer: str, isa: str, tmp_path: Path) -> None:
+    """Neither reads beyond what was allocated, nor undefined behaviour, nor races of threads."""
+    compiler = build.compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+    sources = [str(p) for p in (build.HERE / "csrc").glob("*.c") if p.name != "decode.c"]
+    program = tmp_path / "check"
+    flags = ["-O1", "-g", "-std=c11", "-pthread", f"-fsanitize={sanitizer}"]
+    flags += ["-fno-sanitize-recover=all", f"-I{build.HERE / 'csrc'}"]
+    flags += ['-DISA="portable"'] if isa == "portable" else []
+    own = str(Path(__file__).with_name("decode_check.c"))
+    made = subprocess.run(
+        [*compiler, *flags, own, *sources, "-o", str(program), "-lm"],
+        capture_output=True,
+        text=True,
+    )
+    if "fsanitize" in made.stderr or "cannot find -l" in made.stderr:
+        pytest.skip("this compiler has no sanitizers")
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "alike\n"), done.stderr
