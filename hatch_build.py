@@ -1,4 +1,4 @@
-"""Compiles the C kernels while the package is installed; without a compiler it installs all the same."""
+"""Compiles the C kernels when the package is installed; without a compiler it installs as well."""
 
 import importlib.util
 import sysconfig

@@ -9,7 +9,7 @@ ternq's kernels. The format is docs/format.md.
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ class PackedLinear(Packed):
     weight: Tensor
     weight_scale: Tensor
     weight_shift: Tensor | None
-    act: str = "exact"
+    act: Literal["exact", "int8"] = "exact"
     _form: Any = None
 
     def __init__(
@@ -109,10 +109,9 @@ class PackedLinear(Packed):
         """``weight``, ``weight_scale`` and ``weight_shift`` as in the file."""
         with _changing:
             if self._form is None:
-                codes, scale, shift = (self._buffers[name] for name in _STORED)
-                assert codes is not None and scale is not None
-                return codes, scale, shift
+                return self.weight, self.weight_scale, self.weight_shift
             form = kernels.restore(self._form)
+            assert form.scale is not None
             return form.codes, form.scale, form.shift
 
     def prepare(self) -> bool:
@@ -158,10 +157,10 @@ class PackedLinear(Packed):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._give_up_form()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._form is not None:
             for name, buffer in zip(_STORED, self.stored(), strict=True):
                 if buffer is not None:

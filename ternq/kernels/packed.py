@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +14,7 @@ Act = Literal["exact", "int8"]
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """``scale * code + shift``, ``[rows, columns]``, in the file's form or in one made for a kernel.
+    """``scale * code + shift``, ``[rows, columns]``, in the file's form or in that of a kernel.
 
     ``layout`` ``base3``: codes uint8 ``[rows, ceil(columns / 5)]``, scale and shift float16
     ``[rows, groups]``. ``words``: all in ``codes``, as ``csrc/ternq.h`` says; scale and shift are

@@ -7,6 +7,10 @@
 
 #include "ternq.h"
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words are little-endian"
+#endif
+
 enum {
     ROWS = 16,             /* of a block */
     WORD = 64,             /* bytes of 16 rows x 16 columns */
@@ -36,6 +40,9 @@ INLINE int64_t group_width(const ternq_shape *s, int64_t g) {
     return min64(s->group, s->columns - g * s->group);
 }
 INLINE int64_t group_words(const ternq_shape *s, int64_t g) { return (group_width(s, g) + 15) / 16; }
+
+/* How many threads a number of multiplications is worth. */
+int ternq_threads(int64_t work, int threads);
 
 float ternq_half(uint16_t bits);
 void ternq_to_float(const void *from, float *to, int64_t n, int dtype);

@@ -54,8 +54,7 @@ static int over_blocks(layout_task *task, int threads) {
     atomic_init(&task->next, task->first / ROWS);
     atomic_init(&task->status, 0);
     int64_t weights = (task->last - task->first) * task->s->columns;
-    if (weights < 1 << 18) threads = 1;
-    ternq_parallel(run_blocks, task, threads);
+    ternq_parallel(run_blocks, task, ternq_threads(4 * weights, threads));
     return atomic_load(&task->status);
 }
 

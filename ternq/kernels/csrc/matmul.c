@@ -65,6 +65,7 @@ const ternq_kernel ternq_portable = {"portable", 1, portable_multiply, portable_
 #endif
 
 static int runs(const ternq_kernel *kernel) {
+    (void)kernel;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (kernel == &ternq_avx2)
@@ -115,6 +116,11 @@ static void (*gomp)(void (*)(void *), void *, unsigned, unsigned);
 
 void ternq_set_parallel(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned)) {
     gomp = gomp_parallel;
+}
+
+/* Waking OpenMP's threads takes 1 or 2 microseconds, making new ones 20 or more. */
+int ternq_threads(int64_t work, int threads) {
+    return threads < 1 || work < (gomp ? 1 << 18 : 1 << 22) ? 1 : threads;
 }
 
 typedef struct {
@@ -276,7 +282,7 @@ static void multiply_blocks(void *given) {
 
 static void in_parallel(void (*body)(void *), product *p, int threads, int64_t work) {
     atomic_store(&p->next, 0);
-    ternq_parallel(body, p, work < 1 << 18 ? 1 : threads);
+    ternq_parallel(body, p, ternq_threads(work, threads));
 }
 
 static int multiply_chunk(product *p, int threads) {
