@@ -17,7 +17,7 @@ enum {
     SEGMENT = 128,         /* columns that share a rounding of activations; int16 sums hold as many */
     SEGMENT_WORDS = SEGMENT / 16,
     CHUNK = 128,           /* tokens that are multiplied in one go */
-    AHEAD = 4096,          /* bytes that are fetched ahead: a third faster than without, measured */
+    NEAR = 1024, FAR = 8192, /* bytes that are fetched ahead, into the first and second cache */
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -55,22 +55,26 @@ size_t ternq_size_of(int dtype);
  * A tile of T tokens is int8 [planes][words][T][16], at q + first token * words * 16 * planes.
  */
 typedef struct {
+    float step, total; /* total = step * sum */
+    int32_t sum;       /* of q */
+} ternq_segment;
+
+typedef struct {
     const int8_t *q;
-    const float *step;    /* [tokens][segments] */
-    const int32_t *sum;   /* [tokens][segments], sums of q */
+    const ternq_segment *segments; /* [tokens][segments] */
     int planes;
 } ternq_rounded;
 
 /* What an instruction set brings. out[t][16] is the product of one block with a tile of tokens, T being
- * 1, 2, 4, ... tile; `first` is the tile's first token. round_segment returns the step: NaN if x has
- * a value that is not finite. */
+ * 1, 2, 4, ... tile; `first` is the tile's first token. round_segment makes the step NaN if x has a
+ * value that is not finite. */
 typedef struct {
     const char *name;
     int tile;
     void (*multiply)(const ternq_shape *s, const uint8_t *block, const ternq_rounded *x,
                      int64_t first, int64_t tokens, float (*out)[ROWS]);
-    float (*round_segment)(const float *x, int width, int8_t *high, int8_t *low, int32_t *sum,
-                           int planes);
+    void (*round_segment)(const float *x, int width, int8_t *high, int8_t *low, int planes,
+                          ternq_segment *segment);
 } ternq_kernel;
 
 extern const ternq_kernel ternq_portable;
@@ -84,8 +88,8 @@ extern const ternq_kernel ternq_neon;
  *
  * Adding 1.5 * 2^23 to a float below 2^22 leaves it rounded to a whole number in the low bits.
  */
-INLINE float round_segment(const float *x, int width, int8_t *high, int8_t *low, int32_t *sum,
-                           int planes) {
+INLINE void round_segment(const float *x, int width, int8_t *high, int8_t *low, int planes,
+                          ternq_segment *segment) {
     int32_t largest = 0, total = 0;
     for (int i = 0; i < width; i++) {
         int32_t bits;
@@ -99,9 +103,10 @@ INLINE float round_segment(const float *x, int width, int8_t *high, int8_t *low,
     if (largest >= 0x7f800000 || top < 1e-30f) { /* not finite; or nothing */
         memset(high, 0, SEGMENT);
         memset(low, 0, SEGMENT);
-        *sum = 0;
-        top -= top; /* 0, or NaN */
-        return top;
+        segment->step = top - top; /* 0, or NaN */
+        segment->total = 0;
+        segment->sum = 0;
+        return;
     }
     const float inverse = limit / top;
     for (int i = 0; i < width; i++) {
@@ -112,12 +117,13 @@ INLINE float round_segment(const float *x, int width, int8_t *high, int8_t *low,
         total += q;
         int32_t upper = planes == 2 ? (q + 128) >> 8 : q;
         high[i] = (int8_t)upper;
-        low[i] = (int8_t)(q - 256 * upper);
+        low[i] = (int8_t)q; /* q - 256 * upper */
     }
     memset(high + width, 0, (size_t)(SEGMENT - width));
     memset(low + width, 0, (size_t)(SEGMENT - width));
-    *sum = total;
-    return top / limit;
+    segment->step = top / limit;
+    segment->total = segment->step * (float)total;
+    segment->sum = total;
 }
 
 #endif

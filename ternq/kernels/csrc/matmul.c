@@ -22,14 +22,13 @@ static void multiply_one(const ternq_shape *s, const uint8_t *block, const ternq
                          int64_t token, float out[ROWS]) {
     const uint8_t *word = block + s->header;
     const int8_t *q = x->q + token * s->words * 16 * x->planes;
-    const float *step = x->step + token * s->segments;
-    const int32_t *sum = x->sum + token * s->segments;
+    const ternq_segment *at = x->segments + token * s->segments;
     for (int r = 0; r < ROWS; r++) out[r] = 0;
     for (int64_t g = 0; g < s->groups; g++) {
         uint16_t scale[ROWS], shift[ROWS] = {0};
         memcpy(scale, block + 2 * ROWS * g, sizeof scale);
         if (s->has_shift) memcpy(shift, block + 2 * ROWS * (s->groups + g), sizeof shift);
-        for (int64_t left = group_words(s, g); left > 0; left -= SEGMENT_WORDS, step++, sum++) {
+        for (int64_t left = group_words(s, g); left > 0; left -= SEGMENT_WORDS, at++) {
             int64_t words = min64(left, SEGMENT_WORDS);
             int16_t sums[2][WORD] = {0};
             for (int p = 0; p < x->planes; p++) add_words(word, words, q + p * s->words * 16, sums[p]);
@@ -38,8 +37,8 @@ static void multiply_one(const ternq_shape *s, const uint8_t *block, const ternq
                 for (int j = 0; j < 4; j++)
                     dot += x->planes == 2 ? 256 * sums[0][4 * r + j] + sums[1][4 * r + j]
                                           : sums[0][4 * r + j];
-                out[r] += ternq_half(scale[r]) * *step * (float)(dot - *sum);
-                out[r] += ternq_half(shift[r]) * (*step * (float)*sum);
+                out[r] += ternq_half(scale[r]) * at->step * (float)(dot - at->sum);
+                out[r] += ternq_half(shift[r]) * at->total;
             }
             word += words * WORD, q += words * 16;
         }
@@ -51,9 +50,9 @@ static void portable_multiply(const ternq_shape *s, const uint8_t *block, const 
     for (int64_t t = 0; t < tokens; t++) multiply_one(s, block, x, first + t, out[t]);
 }
 
-static float portable_round(const float *x, int width, int8_t *high, int8_t *low, int32_t *sum,
-                            int planes) {
-    return round_segment(x, width, high, low, sum, planes);
+static void portable_round(const float *x, int width, int8_t *high, int8_t *low, int planes,
+                           ternq_segment *segment) {
+    round_segment(x, width, high, low, planes, segment);
 }
 
 const ternq_kernel ternq_portable = {"portable", 1, portable_multiply, portable_round};
@@ -163,8 +162,7 @@ typedef struct {
     int64_t tokens; /* of the chunk */
     int dtype;
     int8_t *q;
-    float *step;
-    int32_t *sum;
+    ternq_segment *segments;
     uint8_t *finite; /* [tokens] */
     int planes;
     int64_t take; /* blocks in one go */
@@ -194,10 +192,9 @@ static void round_token(const product *p, int64_t token, int64_t t, int64_t tile
         for (int64_t c = 0; c < width; c += SEGMENT, segment++) {
             int8_t rounded[2][SEGMENT];
             int part = (int)min64(SEGMENT, width - c);
-            float step = p->kernel->round_segment(x + g * s->group + c, part, rounded[0],
-                                                  rounded[1], p->sum + segment, p->planes);
-            p->step[segment] = step;
-            if (step != step) p->finite[token] = 0;
+            ternq_segment *made = p->segments + segment;
+            p->kernel->round_segment(x + g * s->group + c, part, rounded[0], rounded[1], p->planes, made);
+            if (made->step != made->step) p->finite[token] = 0;
             for (int i = 0; i < part; i += 16, q += 16 * tile)
                 for (int plane_no = 0; plane_no < p->planes; plane_no++)
                     memcpy(q + plane * plane_no, rounded[plane_no] + i, 16);
@@ -252,17 +249,23 @@ static void multiply_plainly(const product *p, const uint8_t *block, int64_t tok
     }
 }
 
-static void store(const product *p, int64_t token, int64_t row, int64_t rows, float *out) {
-    if (p->bias)
-        for (int64_t r = 0; r < rows; r++) out[r] += p->bias[row + r];
-    size_t at = (size_t)(token * p->s->rows + row) * ternq_size_of(p->dtype);
-    ternq_from_float(out, p->y + at, rows, p->dtype);
+/* The block's products into y, with the bias added. */
+static void store(const product *p, int64_t block, float (*out)[ROWS]) {
+    const int64_t row = block * ROWS, rows = min64(ROWS, p->s->rows - row);
+    float bias[ROWS] = {0};
+    if (p->bias) memcpy(bias, p->bias + row, (size_t)rows * sizeof(float));
+    for (int64_t t = 0; t < p->tokens; t++) {
+        char *y = p->y + (size_t)(t * p->s->rows + row) * ternq_size_of(p->dtype);
+        for (int r = 0; r < ROWS; r++) out[t][r] += bias[r];
+        if (rows == ROWS && p->dtype == TERNQ_FLOAT32) memcpy(y, out[t], sizeof out[t]);
+        else ternq_from_float(out[t], y, rows, p->dtype);
+    }
 }
 
 static void multiply_blocks(void *given) {
     product *p = given;
     const ternq_shape *s = p->s;
-    const ternq_rounded x = {p->q, p->step, p->sum, p->planes};
+    const ternq_rounded x = {p->q, p->segments, p->planes};
     float out[CHUNK][ROWS];
     for (;;) {
         int64_t block = atomic_fetch_add(&p->next, p->take);
@@ -270,11 +273,9 @@ static void multiply_blocks(void *given) {
         for (; block < last; block++) {
             const uint8_t *data = p->data + block * s->stride;
             p->kernel->multiply(s, data, &x, 0, p->tokens, out);
-            int64_t rows = min64(ROWS, s->rows - block * ROWS);
-            for (int64_t t = 0; t < p->tokens; t++) {
+            for (int64_t t = 0; t < p->tokens; t++)
                 if (!p->finite[t]) multiply_plainly(p, data, t, out[t]);
-                store(p, t, block * ROWS, rows, out[t]);
-            }
+            store(p, block, out);
         }
         if (last == s->blocks) return;
     }
@@ -303,16 +304,16 @@ int ternq_linear(const ternq_matrix *w, const void *x, int64_t n, void *y, const
     if (n == 0 || s.rows == 0) return 0;
     int planes = act == TERNQ_EXACT ? 2 : 1;
     int64_t most = min64(n, CHUNK);
-    size_t q = (size_t)(most * s.words * 16 * planes), of_segments = (size_t)(most * s.segments) * 4;
+    size_t q = (size_t)(most * s.words * 16 * planes), of_segments = (size_t)(most * s.segments) * sizeof(ternq_segment);
     size_t of_bias = bias ? (size_t)s.rows * 4 : 0;
-    char *room = malloc(q + 2 * of_segments + of_bias + CHUNK); /* parts stay aligned to 4 */
+    char *room = malloc(q + of_segments + of_bias + CHUNK); /* parts stay aligned to 4 */
     if (!room) return TERNQ_MEMORY;
-    float *wide_bias = bias ? (float *)(room + q + 2 * of_segments) : NULL;
+    float *wide_bias = bias ? (float *)(room + q + of_segments) : NULL;
     if (bias) ternq_to_float(bias, wide_bias, s.rows, dtype);
     product p = {.kernel = kernel_in_use(), .s = &s, .data = w->data, .bias = wide_bias,
                  .dtype = dtype, .planes = planes, .q = (int8_t *)room,
-                 .step = (float *)(room + q), .sum = (int32_t *)(room + q + of_segments),
-                 .finite = (uint8_t *)(room + q + 2 * of_segments + of_bias)};
+                 .segments = (ternq_segment *)(room + q),
+                 .finite = (uint8_t *)(room + q + of_segments + of_bias)};
     size_t size = ternq_size_of(dtype);
     for (int64_t token = 0; token < n && !status; token += CHUNK) {
         p.tokens = min64(CHUNK, n - token);

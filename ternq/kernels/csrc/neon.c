@@ -51,14 +51,12 @@ TARGET INLINE void segment_tile(const ternq_shape *s, const uint8_t *block, int6
         }
     const uint8_t *scale = block + 2 * ROWS * group, *shift = scale + 2 * ROWS * s->groups;
     for (int t = 0; t < tile; t++) {
-        const int64_t at = (token + t) * s->segments + segment;
-        const float step = x->step[at];
-        const int32_t sum = x->sum[at];
+        const ternq_segment *at = x->segments + (token + t) * s->segments + segment;
         for (int k = 0; k < 4; k++) {
-            const int32x4_t codes = vsubq_s32(dot[k][t], vdupq_n_s32(sum));
+            const int32x4_t codes = vsubq_s32(dot[k][t], vdupq_n_s32(at->sum));
             float32x4_t total = segment ? vld1q_f32(out[t] + 4 * k) : vdupq_n_f32(0);
-            total = vfmaq_f32(total, vmulq_n_f32(halves(scale + 8 * k), step), vcvtq_f32_s32(codes));
-            if (s->has_shift) total = vfmaq_n_f32(total, halves(shift + 8 * k), step * (float)sum);
+            total = vfmaq_f32(total, vmulq_n_f32(halves(scale + 8 * k), at->step), vcvtq_f32_s32(codes));
+            if (s->has_shift) total = vfmaq_n_f32(total, halves(shift + 8 * k), at->total);
             vst1q_f32(out[t] + 4 * k, total);
         }
     }
@@ -81,10 +79,10 @@ TARGET static void multiply(const ternq_shape *s, const uint8_t *block, const te
         }
 }
 
-TARGET static float round_wide(const float *x, int width, int8_t *high, int8_t *low, int32_t *sum,
-                               int planes) {
-    return planes == 2 ? round_segment(x, width, high, low, sum, 2)
-                       : round_segment(x, width, high, low, sum, 1);
+TARGET static void round_wide(const float *x, int width, int8_t *high, int8_t *low, int planes,
+                              ternq_segment *segment) {
+    if (planes == 2) round_segment(x, width, high, low, 2, segment);
+    else round_segment(x, width, high, low, 1, segment);
 }
 
 const ternq_kernel ternq_neon = {"neon", 4, multiply, round_wide};
