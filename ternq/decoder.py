@@ -9,6 +9,7 @@ It computes what transformers' forward computes, with a cache in float32. The pr
 """
 
 import ctypes
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ternq import kernels
 from ternq.errors import ResourceError
 from ternq.kernels import native
 from ternq.kernels.packed import PackedWeight
+from ternq.linear import packed_layers
 from ternq.modeling_ternq import Int8, PackedLinear
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -97,6 +99,22 @@ def obstacle(model: Any, context: int) -> str | None:
     if kernels.library() is None:
         return f"its products are made by {kernels.choice()}"
     return None
+
+
+def leave_file(model: Any) -> None:
+    """Convert packed layers, copy what is mapped from the model's file, and give the rest back.
+
+    Loading maps the file whole: while one tensor lies in it, so do the packed layers, which are
+    read no more. And what was freed on the way stays in the process until the C library is asked.
+    """
+    for layer in packed_layers(model).values():
+        layer.prepare()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class Decoder:

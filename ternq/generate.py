@@ -266,8 +266,9 @@ def _run(job: Job, stream: Stream, dtype: Any, progress: Progress) -> dict[str, 
 def _native(job: Job, stream: Stream) -> dict[str, Any]:
     import torch
 
-    from ternq.decoder import Decoder
+    from ternq.decoder import Decoder, leave_file
 
+    leave_file(job.loaded.model)
     position, ids = 0, job.ids
     threads = torch.get_num_threads()
     with Decoder(job.loaded.model, len(ids) + job.count, int8=job.int8) as decoder:
