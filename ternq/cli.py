@@ -401,11 +401,20 @@ def evaluate(
 @command(
     "generate",
     options.access,
-    examples='ternq generate demo-ternary "def read(path):"',
+    examples='ternq generate demo-ternary "def read(path):"\n'
+    'ternq generate chat-ternary "Who are you?" --chat --temperature 0.7',
 )
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to go on from; - reads it from stdin.")
+    ],
+    chat: Annotated[
+        bool, options.option("--chat", help="Answer PROMPT, by the tokenizer's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, options.option("--system", metavar="TEXT", help="System message of the chat.")
+    ] = None,
     max_new_tokens: Annotated[
         int, options.option("--max-new-tokens", metavar="N", min=1, help="Most tokens to write.")
     ] = 64,
@@ -413,6 +422,20 @@ def generate(
         float,
         options.option("--temperature", metavar="X", min=0.0, help="0 takes the likeliest token."),
     ] = 0.0,
+    top_k: Annotated[
+        int,
+        options.option("--top-k", metavar="N", min=0, help="Draw from the N likeliest; 0: all."),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        options.option(
+            "--top-p", metavar="P", help="Draw from the likeliest that have the probability P."
+        ),
+    ] = 1.0,
+    int8_activations: Annotated[
+        bool,
+        options.option("--int8-activations", help="Round activations to 8 bits, not 16."),
+    ] = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -420,14 +443,19 @@ def generate(
     progress: Progress,
     **settings: Any,
 ) -> Payload:
-    """Write text after PROMPT, streamed."""
+    """Write text after PROMPT, streamed; then tell speed and memory."""
     from ternq.generate import generate as verb
 
     return verb(
         model,
-        prompt,
+        _standard_input() if prompt == "-" else prompt,
+        chat=chat,
+        system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        int8_activations=int8_activations,
         seed=seed or 0,
         dtype=_dtype(dtype),
         write=_write,
@@ -577,6 +605,14 @@ def _warn_of_gates(
 
 def _size(files: Sequence[Mapping[str, Any]]) -> int:
     return sum(file["bytes"] for file in files)
+
+
+def _standard_input() -> str:
+    """A prompt from stdin, without the line end that a shell puts behind it."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"The prompt on stdin is not UTF-8: {error}.") from error
 
 
 def _write(text: str) -> None:

@@ -203,7 +203,7 @@ def _measure(
     from ternq.recipe import DEMO_FOLDER
 
     hf.skeleton(DEMO_FOLDER)  # imports transformers' code of models, which is none of the model's
-    before, began = _resident(), time.perf_counter()
+    before, began = resident(), time.perf_counter()
     loaded = hf.load(
         model,
         dtype=None if dtype is None else getattr(torch, dtype),
@@ -214,9 +214,9 @@ def _measure(
     )
     found: Found = {"load_seconds": time.perf_counter() - began}
     gc.collect()
-    found["resident_bytes"] = _resident() - before
+    found["resident_bytes"] = resident() - before
     found["file_bytes"] = _file_bytes(loaded)
-    found["parameter_bytes"] = _tensor_bytes(loaded.model)
+    found["parameter_bytes"] = tensor_bytes(loaded.model)
     asked = (prompt, new)
     prompt, new = _fitted(prompt, new, hf.max_length(loaded.model))
     if (prompt, new) != asked:
@@ -402,13 +402,13 @@ def _file_bytes(loaded: Any) -> int:
     return sum(file.stat().st_size for file in checkpoint.TensorFolder(folder).files)
 
 
-def _tensor_bytes(model: Any) -> int:
+def tensor_bytes(model: Any) -> int:
     """Bytes of parameters and buffers; what two of them share counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
 
 
-def _resident() -> int:
+def resident() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)

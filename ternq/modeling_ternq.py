@@ -127,6 +127,10 @@ class PackedLinear(Packed):
                     self.register_buffer("words", form.codes, persistent=False)
             return self._form is not None
 
+    def form(self) -> Any:
+        """The weight as the kernel of its device reads it; None where there is none."""
+        return self._form if self.prepare() else None
+
     def _give_up_form(self) -> None:
         """Back to the form of the file."""
         with _changing:

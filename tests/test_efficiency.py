@@ -69,14 +69,14 @@ def test_a_packed_model_is_smaller(demo: Demo) -> None:
     packed = demo.folder / "demo-ternary"
     found = measure(str(packed), offline=True, prompt=4, new=2)
     assert found["file_bytes"] == sum(f.stat().st_size for f in packed.glob("*.safetensors"))
-    assert found["parameter_bytes"] == efficiency._tensor_bytes(hf.load(str(packed)).model)
-    assert found["parameter_bytes"] < efficiency._tensor_bytes(hf.load("demo").model)
+    assert found["parameter_bytes"] == efficiency.tensor_bytes(hf.load(str(packed)).model)
+    assert found["parameter_bytes"] < efficiency.tensor_bytes(hf.load("demo").model)
 
 
 def test_the_type_asked_for_is_that_of_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     count = sum(p.numel() for p in tiny.model().parameters())
-    buffers = efficiency._tensor_bytes(tiny.model()) - 4 * count
+    buffers = efficiency.tensor_bytes(tiny.model()) - 4 * count
     found = measure(str(folder), dtype=torch.bfloat16, offline=True, prompt=4, new=2)
     assert found["parameter_bytes"] == 2 * count + buffers
 

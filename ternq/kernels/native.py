@@ -25,7 +25,9 @@ _DENSE_WEIGHTS = 2**24  # that are opened in one go
 _pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """``ternq_matrix``."""
+
     _fields_ = [
         ("rows", _int64),
         ("columns", _int64),
@@ -35,7 +37,7 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-_matrix = ctypes.POINTER(_Matrix)
+_matrix = ctypes.POINTER(Matrix)
 _SIGNATURES = {
     "ternq_abi": (_int, ()),
     "ternq_isa": (ctypes.c_char_p, ()),
@@ -52,6 +54,9 @@ _SIGNATURES = {
         _int,
         (_matrix, _pointer, _int64, _pointer, _pointer, _int, _int, _int),
     ),
+    "ternq_decoder_new": (_pointer, (_pointer, _int64, _int64, _int)),
+    "ternq_decoder_step": (_int, (_pointer, _pointer, _int64, _int64, _int, _pointer)),
+    "ternq_decoder_free": (None, (_pointer,)),
 }
 
 
@@ -63,35 +68,35 @@ class Native:
     """
 
     def __init__(self, path: Path = LIBRARY) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self.library = ctypes.CDLL(str(path))
         try:
             for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(self._library, name)
+                function = getattr(self.library, name)
                 function.restype, function.argtypes = result, arguments
         except AttributeError as error:
             raise OSError(f"{path} is of another version of ternq") from error
-        if self._library.ternq_abi() != ABI:
+        if self.library.ternq_abi() != ABI:
             raise OSError(f"{path} is of another version of ternq")
-        self._linear = self._library.ternq_linear
+        self._linear = self.library.ternq_linear
         parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
         if parallel is not None:
-            self._library.ternq_set_parallel(ctypes.cast(parallel, _pointer))
+            self.library.ternq_set_parallel(ctypes.cast(parallel, _pointer))
 
     @property
     def isa(self) -> str:
         """The instruction set in use: ``avx512``, ``avx2``, ``neon`` or ``portable``."""
-        name: bytes = self._library.ternq_isa()
+        name: bytes = self.library.ternq_isa()
         return name.decode()
 
     def use_isa(self, name: str | None) -> bool:
         """Use an instruction set, None for the best; False where this machine does not have it."""
         given = None if name is None else name.encode()
-        done: int = self._library.ternq_set_isa(given)
+        done: int = self.library.ternq_set_isa(given)
         return done == 0
 
     def size(self, rows: int, columns: int, group_size: int, shifted: bool) -> int:
         """Bytes in memory. ValueError for sizes that are out of bounds."""
-        size: int = self._library.ternq_layout_bytes(rows, columns, group_size, shifted)
+        size: int = self.library.ternq_layout_bytes(rows, columns, group_size, shifted)
         if size < 0:
             raise ValueError(f"no matrix has {rows} rows of {columns} columns, groups {group_size}")
         return size
@@ -103,7 +108,7 @@ class Native:
         words = torch.empty(size, dtype=torch.uint8)
         parts = [t.contiguous() for t in (weight.codes, weight.scale)]
         shift = None if weight.shift is None else weight.shift.contiguous()
-        status = self._library.ternq_layout(
+        status = self.library.ternq_layout(
             *(t.data_ptr() for t in parts),
             None if shift is None else shift.data_ptr(),
             weight.rows,
@@ -123,8 +128,8 @@ class Native:
         scale = torch.empty(weight.rows, groups, dtype=torch.float16)
         shift = torch.empty_like(scale) if weight.shifted else None
         pointers = [None if t is None else t.data_ptr() for t in (codes, scale, shift)]
-        matrix = _of(weight)
-        status = self._library.ternq_restore(matrix, *pointers, torch.get_num_threads())
+        matrix = matrix_of(weight)
+        status = self.library.ternq_restore(matrix, *pointers, torch.get_num_threads())
         _check(status)
         return PackedWeight.of(codes, scale, shift, weight.columns, weight.group_size)
 
@@ -139,9 +144,9 @@ class Native:
         last = weight.rows if last is None else last
         out = torch.empty(last - first, weight.columns, dtype=dtype)
         threads = torch.get_num_threads()
-        matrix = _of(weight)
+        matrix = matrix_of(weight)
         _check(
-            self._library.ternq_dense(matrix, first, last, out.data_ptr(), DTYPES[dtype], threads)
+            self.library.ternq_dense(matrix, first, last, out.data_ptr(), DTYPES[dtype], threads)
         )
         return out
 
@@ -164,7 +169,7 @@ class Native:
             bias = bias.to(dtype).contiguous()
         y = x.new_empty((*x.shape[:-1], weight.rows))
         status = self._linear(
-            _of(weight),
+            matrix_of(weight),
             at,
             tokens,
             y.data_ptr(),
@@ -190,8 +195,9 @@ class Native:
         return y if bias is None else y.add_(bias)
 
 
-def _of(weight: PackedWeight) -> _Matrix:
-    return _Matrix(
+def matrix_of(weight: PackedWeight) -> Matrix:
+    """A converted weight as the C code takes it; the weight must outlive it."""
+    return Matrix(
         weight.rows, weight.columns, weight.group_size, weight.shifted, weight.codes.data_ptr()
     )
 
