@@ -52,11 +52,7 @@ def random_weight(rows: int, columns: int, device: str) -> Any:
 
 def copies_of(weight: Any, count: int) -> list[Any]:
     """The same numbers in other places."""
-    places = [weight]
-    for _ in range(count - 1):
-        scale, shift = weight.scale.clone(), weight.shift.clone()
-        places.append(replace(weight, codes=weight.codes.clone(), scale=scale, shift=shift))
-    return places
+    return [weight, *(replace(weight, codes=weight.codes.clone()) for _ in range(count - 1))]
 
 
 def check(x: Tensor, weight: Any, dense: Tensor) -> float:
@@ -133,7 +129,7 @@ def measure(rows: int, columns: int, asked: argparse.Namespace, left: Callable[[
     device, dtype = asked.device, getattr(torch, asked.dtype)
     weight = random_weight(rows, columns, device)
     dense = gpu.restore(weight).dequantized()
-    nbytes = sum(t.nbytes for t in (weight.codes, weight.scale, weight.shift))
+    nbytes = weight.codes.nbytes
     packed = copies_of(weight, _count(asked.spread, nbytes))
     plain = dense.to(dtype)
     matrices = [plain.clone() for _ in range(_count(asked.spread, plain.nbytes))]

@@ -2,12 +2,14 @@
 
 It needs torch and transformers alone, and nothing of ternq: a copy of it lies in every artefact, so
 that ``from_pretrained(..., trust_remote_code=True)`` loads one where ternq is not installed. Where
-ternq is imported, these same classes are used, and the copy is not. The format is docs/format.md.
+ternq is imported, these same classes are used, and the copy is not; there, packed layers compute by
+ternq's kernels. The format is docs/format.md.
 """
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,15 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+try:
+    from ternq import kernels
+except ImportError:
+    kernels = None  # type: ignore[assignment]
+
 METHOD = "ternq"
 FORMAT_VERSION = 1
+_STORED = ("weight", "weight_scale", "weight_shift")  # the buffers of a packed layer
+_changing = threading.RLock()  # held while a layer goes from one form to the other
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
@@ -65,16 +74,22 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """A linear layer that holds its codes packed, five to a byte, and unpacks them when used.
+    """A linear layer that holds its codes packed, five to a byte.
 
     Buffers are named as in the file: ``weight`` uint8 ``[out, ceil(in / 5)]``, ``weight_scale`` and
     ``weight_shift`` float16 ``[out, groups]``. Under the name ``weight`` a program that does not
     know ternq meets a wrong shape and stops, where a new name would leave it random weights.
+
+    Without a kernel the weight is unpacked whenever it is used. With one it is brought into the
+    kernel's form when first used, and the buffers are given up: asked for by name or saved, they
+    are made again, to the bit. ``act`` is what the kernel rounds activations to.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_shift: Tensor | None
+    act: Literal["exact", "int8"] = "exact"
+    _form: Any = None
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, group_size: int, shift: bool
@@ -90,12 +105,72 @@ class PackedLinear(Packed):
         self.register_buffer("weight_shift", shifts)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``weight``, ``weight_scale`` and ``weight_shift`` as in the file."""
+        with _changing:
+            if self._form is None:
+                return self.weight, self.weight_scale, self.weight_shift
+            form = kernels.restore(self._form)
+            assert form.scale is not None
+            return form.codes, form.scale, form.shift
+
+    def prepare(self) -> bool:
+        """Bring the weight into the form of this device's kernel; whether there is one."""
+        with _changing:
+            if self._form is None and kernels is not None:
+                of_file = kernels.PackedWeight.of(*self.stored(), self.in_features, self.group_size)
+                form = kernels.convert(of_file)
+                if form is not of_file:
+                    self._form = form
+                    for name in _STORED:
+                        del self._buffers[name]
+                    self.register_buffer("words", form.codes, persistent=False)
+            return self._form is not None
+
+    def _give_up_form(self) -> None:
+        """Back to the form of the file."""
+        with _changing:
+            if self._form is not None:
+                stored = self.stored()
+                self._form = None
+                del self.words
+                for name, buffer in zip(_STORED, stored, strict=True):
+                    self.register_buffer(name, buffer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _STORED and self._form is not None:
+            return self.stored()[_STORED.index(name)]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STORED:
+            self._give_up_form()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._give_up_form()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._give_up_form()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._form is not None:
+            for name, buffer in zip(_STORED, self.stored(), strict=True):
+                if buffer is not None:
+                    destination[prefix + name] = buffer
+
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes int8 ``[out, in]``, scale and shift float16 ``[out, groups]``."""
-        return unpack(self.weight, self.in_features), self.weight_scale, self.weight_shift
+        codes, scale, shift = self.stored()
+        return unpack(codes, self.in_features), scale, shift
 
     def dequantized(self) -> Tensor:
         """The weight ``scale * code + shift``, float32 ``[out, in]``."""
+        if self._form is not None:
+            return kernels.dequantized(self._form)
         codes, scale, shift = self.unpacked()
         weight = codes.float().mul_(by_column(scale, self.in_features, self.group_size))
         if shift is not None:
@@ -103,7 +178,19 @@ class PackedLinear(Packed):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._computes(input):
+            if torch.is_autocast_enabled(input.device.type):
+                input = input.to(torch.get_autocast_dtype(input.device.type))
+            return kernels.ternary_matmul(input, self._form, self.act, self.bias)
         return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+
+    def _computes(self, input: Tensor) -> bool:
+        """Whether a kernel makes the product: there is one, and nobody wants a gradient."""
+        if torch.is_grad_enabled() and (
+            input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        ):
+            return False
+        return self._form is not None or (not torch.compiler.is_compiling() and self.prepare())
 
     def extra_repr(self) -> str:
         return (
@@ -241,6 +328,9 @@ class TernqQuantizer(HfQuantizer):
         put_packed(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.prepare()
         if not model.is_remote_code() and hasattr(model.config, "auto_map"):
             del model.config.auto_map  # save_pretrained would name a file that it does not write
         return model

@@ -1,9 +1,11 @@
 """``y = x W'`` on CUDA in Triton, from codes that stay packed in memory, two bits each.
 
-A row is cut into blocks of 128 columns, the last filled up with code 0. A block is 16 words of 16
-bits: bits ``2 f`` and ``2 f + 1`` of word ``w`` hold code + 1 of column ``16 f + w``. So a thread
-reads 8 neighbouring words, and a shift and a mask of them are 8 neighbouring columns; and a dot
-product of the tensor cores, 16 columns long, is one field of 16 words.
+A weight in memory (layout ``triton``) is one buffer of words, scales and shifts, each padded to 16
+bytes. A row is cut into blocks of 128 columns, the last filled up with code 0. A block is 16 words
+of 16 bits: bits ``2 f`` and ``2 f + 1`` of word ``w`` hold code + 1 of column ``16 f + w``. So a
+thread reads 8 neighbouring words, and a shift and a mask of them are 8 neighbouring columns; and a
+dot product of the tensor cores, 16 columns long, is one field of 16 words. Scales and shifts are
+float16 ``[rows, groups]``, as in the file.
 
 A digit ``d`` (code + 1) that is put into bits 21 and 22 of a float32 of the exponent of 1 is the
 number ``1 + d / 4``, so no instruction converts. With ``v`` that number, a weight is
@@ -70,25 +72,35 @@ def convert(weight: PackedWeight) -> PackedWeight:
             f"groups of {weight.group_size} columns: the Triton kernels have 16, 32, 64 "
             "and multiples of 128"
         )
-    shift = None if weight.shift is None else weight.shift.contiguous()
-    codes = torch.cat([_words(unpack_base3(part, weight.columns)) for part in _parts(weight)])
-    return replace(weight, codes=codes, scale=weight.scale.contiguous(), shift=shift, layout=LAYOUT)
+    step = max(1, _PART // max(1, weight.columns))
+    words = [_words(unpack_base3(part, weight.columns)) for part in weight.codes.split(step)]
+    parts = [torch.cat(words), weight.scale, weight.shift]
+    flat = [part.reshape(-1).view(torch.uint8) for part in parts if part is not None]
+    buffer = torch.cat([F.pad(part, (0, -len(part) % 16)) for part in flat])
+    return replace(weight, codes=buffer, scale=None, shift=None, layout=LAYOUT)
 
 
 def restore(weight: PackedWeight) -> PackedWeight:
     """The stored form again, to the bit: the inverse of `convert`."""
-    _refuse_other(weight)
-    codes = [pack_base3(_codes(part)[:, : weight.columns]) for part in _parts(weight)]
-    return replace(weight, codes=torch.cat(codes), layout="base3")
+    words, scale, shift = _split(weight)
+    rows = words.view(torch.uint8).split(max(1, _PART // max(1, weight.columns)))
+    codes = torch.cat([pack_base3(_codes(part)[:, : weight.columns]) for part in rows])
+    shift = None if shift is None else shift.clone()
+    return replace(weight, codes=codes, scale=scale.clone(), shift=shift, layout="base3")
 
 
-def _parts(weight: PackedWeight) -> tuple[Tensor, ...]:
-    return torch.split(weight.codes, max(1, _PART // max(1, weight.columns)))
-
-
-def _refuse_other(weight: PackedWeight) -> None:
+def _split(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Views of the buffer: words int16 ``[rows, 16 blocks]``, scale and shift float16."""
     if weight.layout != LAYOUT:
         raise ValueError(f"a weight in the layout '{weight.layout}', not '{LAYOUT}'")
+    values, start, parts = weight.codes.view(torch.int16), 0, []
+    groups = n_groups(weight.columns, weight.group_size)
+    for width in (16 * n_groups(weight.columns, BLOCK), groups, groups)[: 2 + weight.shifted]:
+        count = weight.rows * width
+        parts.append(values[start : start + count].view(weight.rows, width))
+        start += -(-count // 8) * 8
+    shift = parts[2].view(torch.float16) if weight.shifted else None
+    return parts[0], parts[1].view(torch.float16), shift
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -98,9 +110,8 @@ def _words(codes: Tensor) -> Tensor:
     fields = digits.view(rows, blocks, 2, 4, 16)  # of a word's low and high byte
     words = fields[..., 0, :] | fields[..., 1, :] << 2
     words = words | fields[..., 2, :] << 4 | fields[..., 3, :] << 6
-    return words.transpose(2, 3).reshape(
-        rows, blocks * 32
-    )  # low byte first, as on every machine with CUDA
+    low_first = words.transpose(2, 3)  # as every machine with CUDA stores numbers
+    return low_first.reshape(rows, blocks * 32)
 
 
 def _codes(words: Tensor) -> Tensor:
@@ -120,43 +131,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Raises:
         ValueError: another type or shape, or a weight in another layout.
     """
-    if type(x) is Tensor and not torch.compiler.is_compiling():
-        return (gemv if x.numel() <= weight.columns else gemm)(x, weight, bias)
-    assert weight.scale is not None
-    sizes = weight.rows, weight.columns, weight.group_size
-    y: Tensor = _matmul(x, weight.codes, weight.scale, weight.shift, bias, *sizes)
-    return y
-
-
-@torch.library.custom_op("ternq::triton_matmul", mutates_args=())
-def _matmul(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-    group_size: int,
-) -> Tensor:
-    """The operator that a compiler sees."""
-    shifted = shift is not None
-    weight = PackedWeight(codes, scale, shift, rows, columns, group_size, shifted, LAYOUT)
-    return (gemv if x.numel() <= columns else gemm)(x, weight, bias)
-
-
-@_matmul.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-    group_size: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
+    return (gemv if x.numel() <= weight.columns else gemm)(x, weight, bias)
 
 
 def gemv(
@@ -233,7 +208,6 @@ _TYPES = {
 
 def _ends(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The input as ``[tokens, columns]`` and an empty output."""
-    _refuse_other(weight)
     if x.dtype not in _TYPES or x.shape[-1] != weight.columns:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; the weight has {weight.columns} columns")
     if bias is not None and bias.shape != (weight.rows,):
@@ -244,14 +218,12 @@ def _ends(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Tensor,
 
 def _arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> tuple[Any, ...]:
     """What both kernels take, from ``x`` to ``BIAS``."""
-    words, groups = weight.codes.view(torch.int16), n_groups(weight.columns, weight.group_size)
-    blocks = words.shape[1] // 16
+    words, scale, shift = _split(weight)
+    groups, blocks = scale.shape[1], words.shape[1] // 16
     size = weight.group_size if groups > 1 else max(1, blocks) * BLOCK
-    fields, per_group = min(8, size // 16), max(1, size // BLOCK)
-    pointers = (x, words, weight.scale, weight.shift, bias, y)
-    flags = (fields, weight.shift is not None, bias is not None)
-    sizes = (len(x), weight.rows, weight.columns, groups, blocks, per_group)
-    return *pointers, *sizes, _MASK, *flags
+    sizes = (len(x), weight.rows, weight.columns, groups, blocks, max(1, size // BLOCK))
+    flags = (min(8, size // 16), weight.shifted, bias is not None)
+    return x, words, scale, shift, bias, y, *sizes, _MASK, *flags
 
 
 @triton.jit

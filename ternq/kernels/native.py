@@ -1,0 +1,231 @@
+"""The C kernels (``csrc/ternq.h``) through ctypes: layout, numbers, product.
+
+A call costs a few microseconds where a torch operator written in Python costs twenty, and a small
+model makes two hundred a token. The threads are those of torch's own OpenMP, whose entry point is
+handed over, so that no second pool competes for the cores.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ternq.kernels.build import LIBRARY
+from ternq.kernels.packed import Act, PackedWeight
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTS: dict[str, int] = {"exact": 0, "int8": 1}
+_DENSE_TOKENS = 64  # from here on a dense product is worth opening the weight, where it is faster
+_DENSE_WEIGHTS = 2**24  # that are opened in one go
+
+_pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("rows", _int64),
+        ("columns", _int64),
+        ("group", _int64),
+        ("has_shift", _int64),
+        ("data", _pointer),
+    ]
+
+
+_matrix = ctypes.POINTER(_Matrix)
+_SIGNATURES = {
+    "ternq_abi": (_int, ()),
+    "ternq_isa": (ctypes.c_char_p, ()),
+    "ternq_set_isa": (_int, (ctypes.c_char_p,)),
+    "ternq_set_parallel": (None, (_pointer,)),
+    "ternq_layout_bytes": (_int64, (_int64, _int64, _int64, _int64)),
+    "ternq_layout": (
+        _int,
+        (_pointer, _pointer, _pointer, _int64, _int64, _int64, _pointer, _int),
+    ),
+    "ternq_restore": (_int, (_matrix, _pointer, _pointer, _pointer, _int)),
+    "ternq_dense": (_int, (_matrix, _int64, _int64, _pointer, _int, _int)),
+    "ternq_linear": (
+        _int,
+        (_matrix, _pointer, _int64, _pointer, _pointer, _int, _int, _int),
+    ),
+}
+
+
+class Native:
+    """A loaded library.
+
+    Raises:
+        OSError: it cannot be loaded, or is of another version of ternq.
+    """
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        self._library = ctypes.CDLL(str(path))
+        try:
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(self._library, name)
+                function.restype, function.argtypes = result, arguments
+        except AttributeError as error:
+            raise OSError(f"{path} is of another version of ternq") from error
+        if self._library.ternq_abi() != ABI:
+            raise OSError(f"{path} is of another version of ternq")
+        self._linear = self._library.ternq_linear
+        parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        if parallel is not None:
+            self._library.ternq_set_parallel(ctypes.cast(parallel, _pointer))
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use: ``avx512``, ``avx2``, ``neon`` or ``portable``."""
+        name: bytes = self._library.ternq_isa()
+        return name.decode()
+
+    def use_isa(self, name: str | None) -> bool:
+        """Use an instruction set, None for the best; False where this machine does not have it."""
+        given = None if name is None else name.encode()
+        done: int = self._library.ternq_set_isa(given)
+        return done == 0
+
+    def size(self, rows: int, columns: int, group_size: int, shifted: bool) -> int:
+        """Bytes in memory. ValueError for sizes that are out of bounds."""
+        size: int = self._library.ternq_layout_bytes(rows, columns, group_size, shifted)
+        if size < 0:
+            raise ValueError(f"no matrix has {rows} rows of {columns} columns, groups {group_size}")
+        return size
+
+    def convert(self, weight: PackedWeight) -> PackedWeight:
+        """From the file's form to that in memory."""
+        assert weight.scale is not None
+        size = self.size(weight.rows, weight.columns, weight.group_size, weight.shifted)
+        words = torch.empty(size, dtype=torch.uint8)
+        parts = [t.contiguous() for t in (weight.codes, weight.scale)]
+        shift = None if weight.shift is None else weight.shift.contiguous()
+        status = self._library.ternq_layout(
+            *(t.data_ptr() for t in parts),
+            None if shift is None else shift.data_ptr(),
+            weight.rows,
+            weight.columns,
+            weight.group_size,
+            words.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check(status)
+        sizes = weight.rows, weight.columns, weight.group_size, weight.shifted
+        return PackedWeight(words, None, None, *sizes, layout="words")
+
+    def restore(self, weight: PackedWeight) -> PackedWeight:
+        """The file's form again, to the bit."""
+        groups = -(-weight.columns // weight.group_size)
+        codes = torch.empty(weight.rows, -(-weight.columns // 5), dtype=torch.uint8)
+        scale = torch.empty(weight.rows, groups, dtype=torch.float16)
+        shift = torch.empty_like(scale) if weight.shifted else None
+        pointers = [None if t is None else t.data_ptr() for t in (codes, scale, shift)]
+        matrix = _of(weight)
+        status = self._library.ternq_restore(matrix, *pointers, torch.get_num_threads())
+        _check(status)
+        return PackedWeight.of(codes, scale, shift, weight.columns, weight.group_size)
+
+    def dense(
+        self,
+        weight: PackedWeight,
+        dtype: torch.dtype = torch.float32,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Tensor:
+        """Rows ``first`` to ``last - 1`` as numbers."""
+        last = weight.rows if last is None else last
+        out = torch.empty(last - first, weight.columns, dtype=dtype)
+        threads = torch.get_num_threads()
+        matrix = _of(weight)
+        _check(
+            self._library.ternq_dense(matrix, first, last, out.data_ptr(), DTYPES[dtype], threads)
+        )
+        return out
+
+    def matmul(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None, act: Act = "exact"
+    ) -> Tensor:
+        """``x @ weight.T + bias``; ``x`` ``[..., columns]`` of a type in `DTYPES`, on the CPU."""
+        columns, dtype = weight.columns, x.dtype
+        if x.shape[-1] != columns:
+            raise ValueError(f"x has {x.shape[-1]} columns, the weight {columns}")
+        tokens = x.numel() // columns
+        if act == "exact" and tokens >= _DENSE_TOKENS and _dense_is_faster(dtype, self.isa):
+            return self._opened(x, weight, bias)
+        x = x.contiguous()
+        at = x.data_ptr()
+        if at % 4:  # a view of bytes that begins anywhere
+            x = x.clone(memory_format=torch.contiguous_format)
+            at = x.data_ptr()
+        if bias is not None:
+            bias = bias.to(dtype).contiguous()
+        y = x.new_empty((*x.shape[:-1], weight.rows))
+        status = self._linear(
+            _of(weight),
+            at,
+            tokens,
+            y.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            DTYPES[dtype],
+            ACTS[act],
+            torch.get_num_threads(),
+        )
+        if status:
+            _check(status)
+        return y
+
+    def _opened(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        """The same by torch's dense product, some rows of the weight after another."""
+        step = max(16, _DENSE_WEIGHTS // weight.columns // 16 * 16)
+        if step >= weight.rows:
+            bias = None if bias is None else bias.to(x.dtype)
+            return torch.nn.functional.linear(x, self.dense(weight, x.dtype), bias)
+        y = x.new_empty((*x.shape[:-1], weight.rows))
+        for first in range(0, weight.rows, step):
+            last = min(first + step, weight.rows)
+            y[..., first:last] = x @ self.dense(weight, x.dtype, first, last).T
+        return y if bias is None else y.add_(bias)
+
+
+def _of(weight: PackedWeight) -> _Matrix:
+    return _Matrix(
+        weight.rows, weight.columns, weight.group_size, weight.shifted, weight.codes.data_ptr()
+    )
+
+
+@functools.cache
+def _dense_is_faster(dtype: torch.dtype, isa: str) -> bool:
+    """Whether torch's dense product of many tokens is faster on this machine than ours."""
+    if dtype == torch.bfloat16 and isa != "portable":
+        return torch.cpu._is_amx_tile_supported()
+    if isa == "portable":
+        return dtype == torch.float32
+    return isa == "avx2" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _check(status: int) -> None:
+    if status == -2:
+        raise MemoryError("no memory for the product of a packed weight")
+    if status:
+        raise ValueError("sizes that no packed weight has")
+
+
+@functools.cache
+def load() -> tuple[Native | None, str]:
+    """The library that was compiled when ternq was installed; or None, and why there is none.
+
+    ``TERNQ_ISA`` names an instruction set, for measurements and tests.
+    """
+    if not LIBRARY.is_file():
+        return None, "they were not compiled when ternq was installed"
+    try:
+        native = Native()
+    except OSError as error:
+        return None, str(error)
+    isa = os.environ.get("TERNQ_ISA")
+    if isa and not native.use_isa(isa):
+        return None, f"this machine has no '{isa}' (TERNQ_ISA)"
+    return native, ""
