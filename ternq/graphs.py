@@ -3,7 +3,8 @@
 A step of a small model is some hundred kernels of a few microseconds, and Python takes longer to
 start them than they run. A graph starts them all at once. torch.compile would do that too, and fuse
 some, but compiles for longer than one text takes. A graph reads and writes the same memory in every
-replay, so it wants a static cache, and its inputs are copied to where they were. Never run on a GPU.
+replay, so it wants a static cache, and its inputs are copied to where they were.
+It has never run on a GPU.
 """
 
 import functools
