@@ -12,6 +12,7 @@ from torch import Tensor
 from ternq import kernels
 from ternq.kernels import gpu
 from ternq.kernels.packed import PackedWeight
+from ternq.modeling_ternq import PackedLinear
 from ternq.packing import pack_base3
 from ternq.ternary import n_groups
 
@@ -148,6 +149,22 @@ def test_the_one_function_reaches_them() -> None:
     assert torch.equal(kernels.dequantized(packed), stored.dequantized())
     assert torch.equal(kernels.restore(packed).codes, stored.codes)
     assert kernels.convert(stored).layout != "triton"  # on a CPU
+
+
+def test_a_packed_layer_takes_this_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = weight(6, 200, 128)
+    layer = PackedLinear(200, 6, bias=True, group_size=128, shift=True)
+    layer.weight, layer.weight_scale, layer.weight_shift = stored.codes, stored.scale, stored.shift
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = inputs(2, 200)
+    monkeypatch.setattr(kernels, "convert", gpu.convert)  # a CPU would choose its own
+    with torch.inference_mode():
+        y = layer(x)
+    assert [name for name, _ in layer.named_buffers()] == ["words"]
+    assert error(y, x.double() @ stored.dequantized().double().T) < DTYPES[torch.float32]
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_what_is_refused() -> None:
