@@ -96,7 +96,9 @@ def test_the_ground_knows_no_library_but_torch() -> None:
     known = {*sys.stdlib_module_names, "torch", "ternq"}
     for module in MODULES:
         if FLOORS[module] <= 1:
-            assert {name.split(".")[0] for name in imports(module)} <= known | {"rich"}, module
+            assert {name.split(".")[0] for name in imports(module)} <= known | {"rich", "triton"}, (
+                module
+            )
 
 
 # --- what is public, and what it costs ------------------------------------------------------------

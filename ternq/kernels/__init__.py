@@ -5,6 +5,8 @@ of the unpacked weight everywhere else. ``TERNQ_KERNEL`` (``auto``, ``native``, 
 ``torch``) chooses; `choice` says what is used, and why.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -76,7 +78,34 @@ def choice(device: torch.device | str = "cpu") -> str:
         if found is not None:
             return f"native ({found.isa}), {torch.get_num_threads()} threads"
         return "torch" if wanted() == "torch" else f"torch ({native.load()[1]})"
-    return "torch"
+    return triton_here()[1] if torch.device(device).type == "cuda" else "torch"
+
+
+def triton_here() -> tuple[bool, str]:
+    """Whether CUDA's products are Triton's, and what is used instead, or which Triton.
+
+    Raises:
+        RecipeError: ``TERNQ_KERNEL=triton``, and it is not installed.
+    """
+    name = wanted()
+    if name not in ("auto", "triton"):
+        return False, "torch"
+    if importlib.util.find_spec("triton") is None:
+        if name == "triton":
+            raise RecipeError("TERNQ_KERNEL is 'triton', but Triton is not installed.")
+        return False, "torch (Triton is not installed)"
+    return True, f"triton {importlib.metadata.version('triton')}"
+
+
+def _on_gpu(weight: PackedWeight) -> bool:
+    """Whether a weight is, or would become, one of Triton's."""
+    if weight.layout != "base3":
+        return weight.layout == "triton"
+    if weight.codes.device.type != "cuda" or not triton_here()[0]:
+        return False
+    from ternq.kernels import gpu
+
+    return gpu.fits(weight)
 
 
 def fast(weight: PackedWeight) -> bool:
@@ -92,17 +121,27 @@ def fast(weight: PackedWeight) -> bool:
 
 def convert(weight: PackedWeight) -> PackedWeight:
     """The weight as the kernel of its device reads it; as it is where there is none."""
+    if weight.layout == "base3" and _on_gpu(weight):
+        from ternq.kernels import gpu
+
+        return gpu.convert(weight)
     found = library() if fast(weight) else None
     return weight if found is None else found.convert(weight)
 
 
 def restore(weight: PackedWeight) -> PackedWeight:
     """The file's form again, to the bit."""
+    if weight.layout == "triton":
+        from ternq.kernels import gpu
+
+        return gpu.restore(weight)
     return weight if weight.layout == "base3" else _native().restore(weight)
 
 
 def dequantized(weight: PackedWeight) -> Tensor:
     """The numbers of a weight in any form, float32 ``[rows, columns]``."""
+    if weight.layout == "triton":
+        return restore(weight).dequantized()
     return weight.dequantized() if weight.layout == "base3" else _native().dense(weight)
 
 
@@ -113,6 +152,14 @@ def _native() -> native.Native:
     return found
 
 
+def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, act: Act) -> Tensor:
+    if weight.layout == "triton":
+        from ternq.kernels import gpu
+
+        return gpu.matmul(x, weight, bias)
+    return _native().matmul(x, weight, bias, act)
+
+
 def ternary_matmul(
     x: Tensor, packed: PackedWeight, act: Act = "exact", bias: Tensor | None = None
 ) -> Tensor:
@@ -120,14 +167,14 @@ def ternary_matmul(
 
     ``act`` is what activations are rounded to inside the kernel: ``exact`` 16 bits per (at most)
     128 columns, an error below that of float16; ``int8`` 8 bits. Infinities and NaN propagate as in
-    a dense product. The plain product rounds nothing. There is no gradient.
+    a dense product. The plain product and Triton's round nothing. There is no gradient.
 
     Raises:
         ValueError: shapes or types that do not fit.
     """
-    if packed.layout == "words" and x.dtype in native.DTYPES and _forced != "torch":
+    if packed.layout != "base3" and x.dtype in native.DTYPES and _forced != "torch":
         if type(x) is Tensor and not torch.compiler.is_compiling():
-            return _native().matmul(x, packed, bias, act)
+            return _product(x, packed, bias, act)
         sizes = packed.rows, packed.columns, packed.group_size, packed.shifted
         product: Tensor = torch.ops.ternq.matmul(x, packed.codes, bias, *sizes, act)
         return product
@@ -155,6 +202,23 @@ def _matmul(
 ) -> Tensor:
     weight = PackedWeight(words, None, None, rows, columns, group_size, shifted, "words")
     return _native().matmul(x, weight, bias, act)
+
+
+@torch.library.impl("ternq::matmul", "CUDA")
+def _matmul_on_gpu(
+    x: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    group_size: int,
+    shifted: bool,
+    act: Act,
+) -> Tensor:
+    from ternq.kernels import gpu
+
+    weight = PackedWeight(words, None, None, rows, columns, group_size, shifted, gpu.LAYOUT)
+    return gpu.matmul(x, weight, bias)
 
 
 @torch.library.register_fake("ternq::matmul")  # type: ignore[untyped-decorator]

@@ -17,8 +17,8 @@ class PackedWeight:
     """``scale * code + shift``, ``[rows, columns]``, in the file's form or in that of a kernel.
 
     ``layout`` ``base3``: codes uint8 ``[rows, ceil(columns / 5)]``, scale and shift float16
-    ``[rows, groups]``. ``words``: all in ``codes``, as ``csrc/ternq.h`` says; scale and shift are
-    None, and ``shifted`` tells whether there are shifts.
+    ``[rows, groups]``. ``words`` and ``triton``: all in ``codes``, as ``csrc/ternq.h`` and `gpu`
+    say; scale and shift are None, and ``shifted`` tells whether there are shifts.
     """
 
     codes: Tensor
