@@ -1,4 +1,4 @@
-"""The rate at which a block by itself is trained (--reconstruction-lr), on the first blocks of a model.
+"""The rate of block-wise reconstruction (--reconstruction-lr), on the first blocks of a model.
 
     python bench/reconstruction.py MODEL --data TEXT [--rates 1e-4 3e-4 1e-3] [--blocks 4] ...
 

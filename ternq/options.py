@@ -131,7 +131,8 @@ def _settings(part: Any) -> Iterator[inspect.Parameter]:
         }
         name = flag(item.name)
         kind = list[str] | None if hint == tuple[str, ...] else hint | None
-        names = f"{name}/--no-{name[2:]}" if hint is bool else name
+        off = item.metadata["off"] or f"--no-{name[2:]}"
+        names = f"{name}/{off}" if hint is bool else name
         yield inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -217,9 +218,11 @@ Resume = Annotated[
     ),
 ]
 Preset = Annotated[
-    Literal["auto"],
+    Literal["auto", "quick", "balanced", "best"],
     option(
-        "--preset", metavar="auto", hidden=True, help="Takes what fits the device, and says so."
+        "--preset",
+        metavar="NAME",
+        help="auto takes what fits; quick, balanced, best: how much of start and training.",
     ),
 ]
 KeepDtype = Annotated[
