@@ -19,7 +19,7 @@ from torch import Tensor
 from ternq import billm, grid, hf, pt2
 from ternq.calibrate import Found, Layer, compensated_start, put
 from ternq.distill import Prepared, as_made, perplexity
-from ternq.errors import RecipeError
+from ternq.errors import InputError, RecipeError
 from ternq.formats import Options
 from ternq.grid import Rounded
 from ternq.linear import RoundedLinear, TernaryLinear, rounded_layers
@@ -27,7 +27,7 @@ from ternq.progress import Event, Progress
 from ternq.recipe import Recipe, Scheme
 from ternq.source import Source, of_rounded
 from ternq.train import has_bf16
-from ternq.weights import Tally, embeddings, weights_summary, with_file
+from ternq.weights import weights_summary, with_file
 
 CALIBRATED = ("gptq", "pt2", "billm")  # those that look at a layer's inputs
 DENSE = ("rtn", "gptq", "billm")  # those whose layers are not ternary
@@ -102,16 +102,22 @@ def rounded(prepared: Prepared, progress: Progress) -> list[str]:
             autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
             progress=progress,
         )
-    for layer in rounded_layers(model).values():
-        if not layer.bits:  # it needs no inputs, or its weight is of several modules
-            alone = replace(scheme, method="rtn") if scheme.method == "gptq" else scheme
-            round_layer(layer, torch.eye(layer.in_features, device=layer.weight.device), alone)
-            for other in rounded_layers(model).values():
+    layers = rounded_layers(model)
+    for name, layer in layers.items():
+        if not layer.code_bits:  # it needs no inputs, or its weight is of several modules
+            _without_inputs(name, layer, scheme)
+            for other in layers.values():
                 if other.weight is layer.weight:
-                    other.bits, other.code_bits = layer.bits, layer.code_bits
-    if counted := rounded_layers(model):
-        said.append(_bits_said(scheme, counted))
-    return said
+                    other.code_bits = layer.code_bits
+    return [*said, _bits_said(scheme, layers)] if layers else said
+
+
+def _without_inputs(name: str, layer: RoundedLinear, scheme: Scheme) -> None:
+    """Round a layer as if its inputs were alike and not correlated: then GPTQ is RTN."""
+    try:
+        round_layer(layer, torch.eye(layer.in_features, device=layer.weight.device), scheme)
+    except ValueError as error:
+        raise InputError(f"The rounding of {name} failed: {error}.") from error
 
 
 def round_layer(layer: Layer, hessian: Tensor, scheme: Scheme) -> Found:
@@ -134,7 +140,7 @@ def round_layer(layer: Layer, hessian: Tensor, scheme: Scheme) -> Found:
         found = grid.gptq(weight, hessian, *grid_of) if by_inputs else grid.rtn(weight, *grid_of)
     with torch.no_grad():
         layer.weight.copy_(found.values)
-    layer.bits, layer.code_bits = found.bits, found.code_bits
+    layer.code_bits = found.code_bits
     return found
 
 
@@ -167,18 +173,5 @@ def weights(prepared: Prepared, folder: Path) -> dict[str, Any]:
 
     ``bytes`` and ``bpw_file`` are of the folder as it is.
     """
-    tally, model = Tally(), prepared.student.model
-    tables = {id(m.weight) for m in embeddings(model).values()}
-    seen: set[int] = set()
-    for layer in rounded_layers(model).values():
-        if id(layer.weight) not in seen:
-            seen.add(id(layer.weight))
-            tally.linear += layer.weight.numel()
-            tally.linear_bits += layer.bits
-    for parameter in model.parameters():
-        if id(parameter) not in seen:
-            tally.add_dense(
-                parameter.numel(), 16 * parameter.numel(), embedding=id(parameter) in tables
-            )
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return with_file(tally.summary() | {"coverage": 0.0, "bytes": size}, folder)
+    return with_file(weights_summary(prepared.student.model) | {"bytes": size}, folder)

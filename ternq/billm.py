@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ternq.compensate import DAMPING, by_groups, errors_of, output_error
 from ternq.grid import VALUE_BITS, Rounded
+from ternq.ternary import n_groups
 
 MOST = 50  # one more than the salient columns of a block
 QUANTILES = (0.1, 0.9, 81)
@@ -40,24 +41,31 @@ def billm(weight: Tensor, hessian: Tensor, group_size: int, *, damping: float = 
         ValueError: something is not finite, or a mean or scale is beyond float16.
     """
     values = torch.empty(weight.shape[::-1], device=weight.device)
-    rows, stored, signs = len(weight), 0, 0
+    signs = weight.numel()
 
     def rounded(part: Tensor, own: Tensor, group: slice) -> Tensor:
-        nonlocal stored, signs
+        nonlocal signs
         block = part.t().contiguous()
         found, salient = binarise(block, block.square() / own.diagonal().square())
         values[group] = found.t()
-        second = rows * int(salient.sum())
-        signs += block.numel() + second
-        # a weight that is not salient has a side, and no second sign
-        stored += 2 * block.numel() + block.shape[1] + rows * PARTS * 2 * VALUE_BITS
+        signs += len(weight) * int(salient.sum())
         return errors_of(part - values[group], own)
 
     dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
     whole = values.t().contiguous()
     if not bool(torch.isfinite(whole).all()):
         raise ValueError("a mean or a scale is too large for float16")
-    return Rounded(whole, stored, signs, output_error(weight, whole, hessian), dead, damping)
+    return Rounded(whole, signs, output_error(weight, whole, hessian), dead, damping)
+
+
+def stored_bits(rows: int, columns: int, group_size: int) -> int:
+    """Bits of a layer. A weight has a sign, and a second one or a side; see above for the rest.
+
+    >>> stored_bits(1, 128, 128) / 128
+    4.0
+    """
+    beside = 2 * PARTS * VALUE_BITS * n_groups(columns, group_size)
+    return rows * (2 * columns + beside) + columns
 
 
 def binarise(block: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor]:

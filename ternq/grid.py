@@ -28,13 +28,12 @@ VALUE_BITS = 16  # of a scale, and of a zero
 class Rounded:
     """A layer that was rounded to something else than ternary values.
 
-    ``values`` float32 ``[out, in]``; ``bits`` are all that would be stored of them, ``code_bits``
-    the share of it that its paper counts. ``error`` is ``||X W' - X Q'||^2 / ||X W'||^2``, or None
-    without inputs; ``dead`` and ``damping`` as in `ternq.compensate.Compensated`.
+    ``values`` float32 ``[out, in]``; ``code_bits`` are those of the codes alone. ``error`` is
+    ``||X W' - X Q'||^2 / ||X W'||^2``, or None without inputs; ``dead`` and ``damping`` as in
+    `ternq.compensate.Compensated`.
     """
 
     values: Tensor
-    bits: int
     code_bits: int
     error: float | None = None
     dead: int = 0
@@ -94,7 +93,7 @@ def rtn(weight: Tensor, bits: int, symmetric: bool, group_size: int) -> Rounded:
     for part in torch.split(rows, group_size):
         levels = grid(part, bits, symmetric)
         parts.append(levels.values(levels.codes(part)))
-    return Rounded(torch.cat(parts).t().contiguous(), *_bits(weight, bits, symmetric, group_size))
+    return Rounded(torch.cat(parts).t().contiguous(), bits * weight.numel())
 
 
 def gptq(
@@ -124,12 +123,14 @@ def gptq(
     dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
     whole = values.t().contiguous()
     error = output_error(weight, whole, hessian)
-    return Rounded(whole, *_bits(weight, bits, symmetric, group_size), error, dead, damping)
+    return Rounded(whole, bits * weight.numel(), error, dead, damping)
 
 
-def _bits(weight: Tensor, bits: int, symmetric: bool, group_size: int) -> tuple[int, int]:
-    """Of codes with a scale for every group, and a zero where it is not fixed; of codes alone."""
-    rows, columns = weight.shape
+def stored_bits(rows: int, columns: int, bits: int, symmetric: bool, group_size: int) -> int:
+    """Bits of a layer: its codes, a scale for every group, and a zero where it is not fixed.
+
+    >>> stored_bits(1, 128, 2, False, 128) / 128
+    2.25
+    """
     beside = VALUE_BITS * (1 if symmetric else 2)
-    codes = bits * weight.numel()
-    return codes + rows * n_groups(columns, group_size) * beside, codes
+    return rows * (bits * columns + beside * n_groups(columns, group_size))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import absmean, processes, ternary
+from ternq import absmean, billm, grid, processes, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import Scheme, Ste
@@ -251,7 +251,7 @@ class RoundedLinear(nn.Linear):
     """A linear layer of a baseline that is not ternary (`ternq.baseline`): dense until rounded.
 
     ``weight`` is ``[out, in]`` whatever the layer was. ``bits`` are those that the rounded weight
-    would be stored in, ``code_bits`` the ones of its codes; 0 before.
+    would be stored in; ``code_bits`` the ones of its codes alone, 0 before it is rounded.
     """
 
     bits = code_bits = 0
@@ -261,9 +261,15 @@ class RoundedLinear(nn.Linear):
     def from_dense(cls, layer: nn.Module, scheme: Scheme, ste: Ste = "identity") -> "RoundedLinear":
         """The layer's own weight."""
         weight = dense_weight(layer)
-        new = cls(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        rows, columns = weight.shape
+        new = cls(columns, rows, bias=False, device="meta")
         new.weight = layer.weight if isinstance(layer, nn.Linear) else nn.Parameter(weight)
         new.bias = getattr(layer, "bias", None)
+        if scheme.method == "billm":
+            new.bits = billm.stored_bits(rows, columns, scheme.group_size)
+        else:
+            bits = scheme.bits or 2
+            new.bits = grid.stored_bits(rows, columns, bits, scheme.symmetric, scheme.group_size)
         return new.train(layer.training)
 
     def value(self) -> Tensor:
