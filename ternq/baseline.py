@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ternq import billm, grid, hf, pt2
 from ternq.calibrate import Found, Layer, compensated_start, put
+from ternq.compensate import Compensated, compensate
 from ternq.distill import Prepared, as_made, perplexity
 from ternq.errors import InputError, RecipeError
 from ternq.formats import Options
@@ -121,27 +122,35 @@ def _without_inputs(name: str, layer: RoundedLinear, scheme: Scheme) -> None:
 
 
 def round_layer(layer: Layer, hessian: Tensor, scheme: Scheme) -> Found:
-    """Round a layer by a scheme's method for inputs of second moments ``hessian`` ``[in, in]``.
-
-    Raises:
-        ValueError: what is not finite, or too large.
-    """
-    weight = layer.weight.detach()
+    """Round a layer, in place, as `round_weight` does."""
+    found = round_weight(layer.weight.detach(), hessian, scheme)
     if isinstance(layer, TernaryLinear):
-        ternary = pt2.pt2(weight, hessian, scheme.group_size)
-        put(layer, ternary)
-        return ternary
-    found: Rounded
-    if scheme.method == "billm":
-        found = billm.billm(weight, hessian, scheme.group_size)
-    else:
-        grid_of = (scheme.bits or 2, scheme.symmetric, scheme.group_size)
-        by_inputs = scheme.method == "gptq"
-        found = grid.gptq(weight, hessian, *grid_of) if by_inputs else grid.rtn(weight, *grid_of)
+        assert isinstance(found, Compensated), "ternary layers are of ternary methods"
+        put(layer, found)
+        return found
+    assert isinstance(found, Rounded), "others are not"
     with torch.no_grad():
         layer.weight.copy_(found.values)
     layer.code_bits = found.code_bits
     return found
+
+
+def round_weight(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Found:
+    """Round ``[out, in]`` by a scheme's method for inputs of second moments ``[in, in]``.
+
+    Raises:
+        ValueError: something is not finite, or too large.
+    """
+    size, bits = scheme.group_size, scheme.bits or 2
+    if scheme.method == "rtn":
+        return grid.rtn(weight, bits, scheme.symmetric, size)
+    if scheme.method == "gptq":
+        return grid.gptq(weight, hessian, bits, scheme.symmetric, size)
+    if scheme.method == "billm":
+        return billm.billm(weight, hessian, size)
+    if scheme.method == "pt2":
+        return pt2.pt2(weight, hessian, size)
+    return compensate(weight, hessian, size, scheme.shift)
 
 
 def _bits_said(scheme: Scheme, layers: dict[str, RoundedLinear]) -> str:

@@ -142,9 +142,9 @@ def _settings(part: Any) -> Iterator[inspect.Parameter]:
 
 
 def _metavar(hint: Any) -> str | None:
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else ""
     if choices:
-        return "|".join(choices)
+        return choices if len(choices) < 40 else "NAME"
     return {int: "N", int | None: "N", float: "X", float | None: "X", bool: None}.get(hint, "NAME")
 
 
@@ -222,7 +222,7 @@ Preset = Annotated[
     option(
         "--preset",
         metavar="NAME",
-        help="auto takes what fits; quick, balanced, best: how much of start and training.",
+        help="auto, quick, balanced or best: how much work.",
     ),
 ]
 KeepDtype = Annotated[

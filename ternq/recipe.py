@@ -48,10 +48,10 @@ def option(default: Any, help: str, *, hidden: bool = False, off: str | None = N
 class Scheme:
     """Ternary layers"""
 
-    group_size: int = option(128, "Consecutive input columns that share one scale and shift.")
-    shift: bool = option(True, "Learn a shift beside the scale (DLT); without: scale * code.")
-    skip: tuple[str, ...] = option((), "Glob of linear layers to leave dense (repeatable).")
-    method: Method = option("dlt", "DLT, or a baseline that is only rounded; see docs/method.md.")
+    group_size: int = option(128, "Input columns that share one scale and shift.")
+    shift: bool = option(True, "Learn a shift beside the scale (DLT), or none.")
+    skip: tuple[str, ...] = option((), "Linear layers to leave dense, as a glob.")
+    method: Method = option("dlt", "dlt, rtn, gptq, absmean, twn, pt2 or billm.")
     bits: int | None = option(None, "Of rtn and gptq: 2, 3, 4 or 8. [default: 2]", hidden=True)
     symmetric: bool = option(
         False, "Of rtn and gptq: levels around 0, no zero point.", hidden=True, off="--asymmetric"
@@ -81,9 +81,7 @@ class Training:
 
     tokens: int | None = option(None, "Tokens to train on. [default: what fits in two hours]")
     steps: int | None = option(None, "Optimizer steps, instead of --tokens.")
-    data: tuple[str, ...] = option(
-        (), "Hub dataset, .txt/.jsonl/.parquet file or folder, or 'self'; NAME=WEIGHT to mix."
-    )
+    data: tuple[str, ...] = option((), "Hub dataset, text file, folder, 'self'; NAME=WEIGHT.")
     batch_size: int = option(4, "Blocks of text in one optimizer step.")
     micro_batch_size: int | None = option(None, "Blocks at once; the rest is accumulated.")
     sequence_length: int = option(256, "Tokens in a block.")
