@@ -138,12 +138,10 @@ def perplexities(model: str, jobs: list[Job], args: argparse.Namespace) -> dict[
 
 def weights_of(row: Row) -> dict[str, Any]:
     """What a row weighs, by its manifest; a dense model has 16 bits."""
-    manifests = [] if row.out is None else [*row.out.glob("ternq*.json"), *row.out.glob("*.json")]
-    for path in manifests:
-        found = json.loads(path.read_text())
-        if "weights" in found and "bpw_linear" in (found["weights"] or {}):
-            return dict(found["weights"])
-    return {"bpw_linear": 16.0}
+    if row.out is None:
+        return {"bpw_linear": 16.0}
+    manifest = next(row.out.glob("ternq*.json"))
+    return dict(json.loads(manifest.read_text())["weights"])
 
 
 def measured(row: Row, jobs: list[Job], args: argparse.Namespace) -> dict[str, Any]:

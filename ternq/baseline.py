@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import billm, grid, hf, pt2
+from ternq import billm, grid, hf, processes, pt2
 from ternq.calibrate import Found, Layer, compensated_start, put
 from ternq.compensate import Compensated, compensate
 from ternq.distill import Prepared, as_made, perplexity
@@ -58,8 +58,10 @@ def train_run(
 
     Raises:
         InputError: a layer cannot be rounded, or the model cannot be walked block by block.
+        RecipeError: several processes were started.
     """
     began = time.monotonic()
+    processes.refuse_many(f"--method {prepared.recipe.scheme.method}")
     assert prepared.teacher is not None, "ternarize refuses models from scratch"
     notes = rounded(prepared, progress)
     seconds = time.monotonic() - began

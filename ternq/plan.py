@@ -25,7 +25,7 @@ from ternq.weights import stored_dtype, weights_summary
 
 SAVING = 200e6  # bytes a second that a checkpoint is written, read back and compared at
 TEXTS = 2 * len(PROMPTS[""]) * TOKENS  # tokens that teacher and student write for the report
-WALKS = 12  # passes of a start over its text: Hessians of each stage, outputs of both models
+WALKS = 4  # passes of a whole model that a start over its text is worth; 2.7 to 3.5 in bf16
 SOME = 1024  # rows and columns of a layer that is rounded to know how long all take
 PASSES = 3  # over the held-out text: teacher, untrained and packed student
 

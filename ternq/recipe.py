@@ -199,7 +199,8 @@ class Recipe:
     @property
     def only_rounds(self) -> bool:
         """Whether it is a baseline's, see `untrained`."""
-        return self.scheme.method in BASELINES and self.training.steps == 0
+        rounds = self.scheme.method in BASELINES and self.training.steps == 0
+        return rounds and not self.training.from_scratch
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, lists for tuples."""
