@@ -125,6 +125,29 @@ def choose(
     )
 
 
+def rounding(
+    build: Callable[[], Any], settings: Training, device: str, free: int | None = None
+) -> tuple[Memory, str]:
+    """Memory of a method that only rounds, estimated from shapes, and what is done in words.
+
+    Raises:
+        ResourceError: it does not fit.
+    """
+    free = _free(device) if free is None else free
+    with torch.device("meta"):
+        skeleton = build()
+    everything = sum(p.numel() for p in skeleton.parameters())
+    work = bytes_needed(skeleton, replace(settings, reconstruction_epochs=0))
+    memory = Memory(Footprint(8 * everything, 0, work, everything, 0, 0, rough="no step"), free)
+    if not memory.fits:
+        raise ResourceError(
+            f"This needs about {_gb(memory.needed)} of memory, {_gb(memory.needed - free)} more "
+            "than is free.",
+            "Take a machine with more memory, or --method dlt, which goes block by block.",
+        )
+    return memory, f"rounded without training: needs about {_gb(memory.needed)}"
+
+
 def _free(device: str) -> int:
     try:
         return free_memory(torch.device(device))

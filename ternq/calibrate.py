@@ -8,7 +8,7 @@ read one tensor.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,25 +20,39 @@ from torch import Tensor, nn
 from ternq.blocks import Call, Passing, calls_of
 from ternq.compensate import DAMPING, Compensated, compensate
 from ternq.errors import InputError
-from ternq.linear import TernaryLinear, decoder_blocks, ternary_layers
+from ternq.grid import Rounded
+from ternq.linear import (
+    RoundedLinear,
+    TernaryLinear,
+    decoder_blocks,
+    rounded_layers,
+    ternary_layers,
+)
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Training
 from ternq.reconstruct import reconstruct
+
+Layer = TernaryLinear | RoundedLinear
+Found = Compensated | Rounded
+Rounding = Callable[[Layer, Tensor], Found]
+"""How a layer is rounded for inputs of second moments ``[in, in]``, in place."""
 
 
 @dataclass
 class Started:
     """What became of the layers: their number, their mean relative error, and what was unusual."""
 
+    how: str = "Start: {} layers rounded with their errors compensated"
     errors: list[float] = field(default_factory=list)
     dead: int = 0
     damped: dict[str, float] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     distances: list[tuple[float, float]] = field(default_factory=list)  # of reconstructed blocks
+    widest: int = 0  # inputs of a layer
 
-    def add(self, name: str, found: Compensated) -> None:
+    def add(self, name: str, found: Found) -> None:
         """Count a layer."""
-        self.errors.append(found.error)
+        self.errors.append(found.error or 0.0)
         self.dead += found.dead
         if found.damping > DAMPING:
             self.damped[name] = found.damping
@@ -48,8 +62,8 @@ class Started:
         count = len(self.errors)
         mean = sum(self.errors) / max(1, count)
         said = [
-            f"Start: {count} layers rounded with their errors compensated, on {len(ids)} blocks of "
-            f"{ids.shape[1]} tokens; a layer's output loses {mean:.1%} of its energy on average."
+            f"{self.how.format(count)}, on {len(ids)} blocks of {ids.shape[1]} tokens; a layer's "
+            f"output loses {mean:.1%} of its energy on average."
         ]
         nearer = [pair for pair in self.distances if pair[1] < pair[0]]
         if nearer:
@@ -62,6 +76,12 @@ class Started:
             said.append(
                 f"Start: {kept} of {len(self.distances)} blocks came no nearer to the dense ones, "
                 "and stay as they were rounded; a lower --reconstruction-lr may help."
+            )
+        if (missing := self.widest - ids.numel()) > 0:
+            said.append(
+                f"The {ids.numel():,} tokens of calibration are {missing:,} fewer than the widest "
+                f"layer has inputs ({self.widest:,}): its Hessian is singular but for the damping. "
+                f"--calibration {-(-self.widest // ids.shape[1])} would be enough."
             )
         if self.dead:
             said.append(f"{self.dead} input channels of layers were 0 in all of the calibration.")
@@ -76,7 +96,9 @@ class Started:
 def compensated_start(
     model: nn.Module,
     ids: Tensor,
+    rounding: Rounding | None = None,
     *,
+    how: str = Started.how,
     rows: int = 4,
     autocast: AbstractContextManager[Any] | None = None,
     reconstruction: Training | None = None,
@@ -85,6 +107,7 @@ def compensated_start(
 ) -> list[str]:
     """Give every `TernaryLinear` of a model at its closed-form start the error-compensated one.
 
+    ``rounding`` is another way to round a layer, also a `RoundedLinear`; ``how`` says what it is.
     ``ids`` ``[blocks, length]`` are the text, ``rows`` blocks at a time. Latent weights, scales and
     shifts change in place. With ``reconstruction`` every block is then trained by these settings.
     Returns what was done, in sentences.
@@ -95,8 +118,9 @@ def compensated_start(
     autocast = autocast or nullcontext()
     was_training = model.training
     model.eval()
-    done, layers = Started(), _own_weights(model)
-    done.shared = sorted(ternary_layers(model).keys() - layers.keys())
+    done, layers = Started(how), _own_weights(model)
+    done.shared = sorted(_layers(model).keys() - layers.keys())
+    done.widest = max((layer.in_features for layer in layers.values()), default=0)
     try:
         prefix, blocks = decoder_blocks(model)
         with autocast:
@@ -111,7 +135,15 @@ def compensated_start(
                 use_latent(own)
                 dense = run(block, on(calls[index], dense), autocast)
             start_block(
-                block, own, now, done, autocast, dense, settings=reconstruction, seed=seed + index
+                block,
+                own,
+                now,
+                done,
+                autocast,
+                dense,
+                rounding=rounding,
+                settings=reconstruction,
+                seed=seed + index,
             )
             hidden = run(block, now, autocast)
             calls[index] = []
@@ -129,12 +161,13 @@ def compensated_start(
 @torch.no_grad()
 def start_block(
     block: nn.Module,
-    layers: dict[str, TernaryLinear],
+    layers: Mapping[str, Any],
     calls: list[Call],
     done: Started,
     autocast: AbstractContextManager[Any],
     targets: list[Tensor],
     *,
+    rounding: Rounding | None = None,
     settings: Training | None,
     seed: int,
     check: Callable[[], None] = lambda: None,
@@ -147,8 +180,12 @@ def start_block(
     use_latent(layers)
     for stage in _stages(block, layers, calls[0], autocast):
         for name, hessian in _hessians(block, stage, calls, autocast).items():
-            done.add(name, _start(name, layers[name], hessian))
-            use(layers[name], layers[name].numbers().dequantized())
+            try:
+                done.add(name, (rounding or _start)(layers[name], hessian))
+            except ValueError as error:
+                what = "compensated start" if rounding is None else "rounding"
+                raise InputError(f"The {what} of {name} failed: {error}.") from error
+            use(layers[name], layers[name].value())
             check()
     if settings is not None and settings.reconstruction_epochs:
         for layer in layers.values():
@@ -157,7 +194,7 @@ def start_block(
             reconstruct(block, calls, targets, settings, seed=seed, autocast=autocast, check=check)
         )
         for layer in layers.values():
-            use(layer, layer.numbers().dequantized())
+            use(layer, layer.value())
 
 
 def on(calls: list[Call], hidden: list[Tensor]) -> list[Call]:
@@ -172,21 +209,26 @@ def run(block: nn.Module, calls: list[Call], autocast: AbstractContextManager[An
         return [call.run(block) for call in calls]
 
 
-def _own_weights(model: nn.Module) -> dict[str, TernaryLinear]:
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """Name -> layer that is rounded."""
+    return {**ternary_layers(model), **rounded_layers(model)}
+
+
+def _own_weights(model: nn.Module) -> dict[str, Layer]:
     """The layers whose weight no other module shares."""
     owners = Counter(
         id(p) for m in model.modules() for p in m._parameters.values() if p is not None
     )
-    return {n: m for n, m in ternary_layers(model).items() if owners[id(m.weight)] == 1}
+    return {n: m for n, m in _layers(model).items() if owners[id(m.weight)] == 1}
 
 
-def use_latent(layers: dict[str, TernaryLinear]) -> None:
+def use_latent(layers: Mapping[str, Layer]) -> None:
     """Have layers use latent weights as they are: at the closed-form start, the dense ones."""
     for layer in layers.values():
         use(layer, layer.weight)
 
 
-def use(layer: TernaryLinear, weight: Tensor | None) -> None:
+def use(layer: Layer, weight: Tensor | None) -> None:
     """Have the layer use ``weight`` as it is, not rounded anew in every call; None: as always."""
     vars(layer).pop("forward", None)
     if weight is not None:
@@ -196,10 +238,10 @@ def use(layer: TernaryLinear, weight: Tensor | None) -> None:
 
 def _stages(
     block: nn.Module,
-    layers: dict[str, TernaryLinear],
+    layers: Mapping[str, Layer],
     call: Call,
     autocast: AbstractContextManager[Any],
-) -> list[list[tuple[str, TernaryLinear]]]:
+) -> list[list[tuple[str, Layer]]]:
     """Layers that read the same tensor, in the order of their calls; last those never called."""
     seen: list[tuple[str, Tensor]] = []  # tensors are held, so that none takes another's place
     with ExitStack() as hooks:
@@ -211,7 +253,7 @@ def _stages(
             hooks.callback(layer.register_forward_pre_hook(see).remove)
         with autocast:
             call.run(block)
-    stages: list[list[tuple[str, TernaryLinear]]] = []
+    stages: list[list[tuple[str, Layer]]] = []
     left, last = dict(layers), None
     for name, tensor in seen:
         if name in left:
@@ -224,7 +266,7 @@ def _stages(
 
 def _hessians(
     block: nn.Module,
-    stage: list[tuple[str, TernaryLinear]],
+    stage: list[tuple[str, Layer]],
     calls: list[Call],
     autocast: AbstractContextManager[Any],
 ) -> dict[str, Tensor]:
@@ -249,14 +291,18 @@ def _hessians(
     return {name: total.mul_(2 / max(1, counts[name])) for name, total in found.items()}
 
 
-def _start(name: str, layer: TernaryLinear, hessian: Tensor) -> Compensated:
+def _start(layer: Layer, hessian: Tensor) -> Compensated:
     """Round one layer, and put what it became in its place."""
-    try:
-        found = compensate(layer.weight, hessian, layer.group_size, layer.weight_shift is not None)
-    except ValueError as error:
-        raise InputError(f"The compensated start of {name} failed: {error}.") from error
+    assert isinstance(layer, TernaryLinear), "others have a rounding of their own"
+    found = compensate(layer.weight, hessian, layer.group_size, layer.weight_shift is not None)
+    put(layer, found)
+    return found
+
+
+@torch.no_grad()
+def put(layer: TernaryLinear, found: Compensated) -> None:
+    """Have a layer be what it was rounded to."""
     layer.weight.copy_(found.latent)
     layer.weight_scale.copy_(found.scale)
     if layer.weight_shift is not None and found.shift is not None:
         layer.weight_shift.copy_(found.shift)
-    return found

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ternq.recipe import BASELINES
 from ternq.shown import number
 from ternq.source import Source
 
@@ -80,7 +81,8 @@ def card(name: str, source: Source, about: Facts, file: str = "") -> str:
 
 def _front_matter(about: Facts, base: Facts) -> str:
     lines = [f"library_name: {_LIBRARY.get(about['format'], 'transformers')}"]
-    lines += ["pipeline_tag: text-generation", "tags: [ternq, ternary, 1.58-bit]"]
+    ternary = ", ternary, 1.58-bit" if about["weights"]["coverage"] else ""
+    lines += ["pipeline_tag: text-generation", f"tags: [ternq{ternary}]"]
     if _HUB_ID.fullmatch(str(base.get("name"))):
         lines.append(f"base_model: {json.dumps(base['name'])}")
     if base.get("license"):
@@ -107,7 +109,7 @@ def _what(source: Source, about: Facts, base: Facts) -> str:
     rows += [
         (label, f"{weights[key]:.3f} bits a weight")
         for label, key in (
-            ("ternary layers", "bpw_linear"),
+            ("ternary layers" if source.modules else "layers, as stored packed", "bpw_linear"),
             ("embeddings and head", "bpw_embeddings"),
             ("whole file", "bpw_file"),
         )
@@ -185,10 +187,19 @@ def _recipe(about: Facts) -> str | None:
 def _method(recipe: Facts) -> str:
     scheme, training = recipe["scheme"], recipe["training"]
     learned = "scale and shift" if scheme["shift"] else "scale"
+    method, form = scheme.get("method", "dlt"), "" if scheme.get("symmetric") else "a"
+    grid = f"{scheme.get('bits') or 2} bits, {form}symmetric"
     rule = {
         "absmean": "TriLM (absmean, one scale a matrix)",
         "float": "dense, in floating point",
-    }.get(scheme.get("method", "dlt"), f"DLT (learned {learned} of each group)")
+        "rtn": f"RTN (round to nearest, {grid})",
+        "gptq": f"GPTQ ({grid})",
+        "twn": "TWN",
+        "pt2": "PT2-LLM",
+        "billm": "BiLLM",
+    }.get(method, f"DLT (learned {learned} of each group)")
+    if method in BASELINES and training.get("steps") == 0:
+        return f"{rule}, only rounded"
     alone = training.get("objective") == "ce"
     return f"{rule} with {'cross-entropy alone' if alone else 'OFF (feature cosine)'}"
 

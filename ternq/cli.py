@@ -22,7 +22,19 @@ from ternq import boundary, helptext, options, processes
 from ternq.boundary import Payload, UsageMistake
 from ternq.errors import InputError
 from ternq.progress import Event, Progress
-from ternq.recipe import Recipe, Scheme, Training, default_recipe, merge, refuse_scratch
+from ternq.recipe import (
+    BASELINES,
+    PRESETS,
+    Recipe,
+    Scheme,
+    Training,
+    default_recipe,
+    merge,
+    refuse_preset,
+    refuse_rounding,
+    refuse_scratch,
+    untrained,
+)
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
 
@@ -110,7 +122,7 @@ def ternarize(
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
     if memory is not None and not plan:
         raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
-    made = _recipe(model, recipe, seed, settings)
+    made = _recipe(model, recipe, seed, settings, preset, rounds=True)
     gates = _gates(settings)
     tasks = _names(settings["tasks"])
     _warn_of_gates(gates, tasks, progress)
@@ -169,7 +181,8 @@ def distill(
     """Train a ternary student of MODEL, or go on where it stopped."""
     if memory is not None and not plan:
         raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
-    made = _recipe(model, recipe, seed, settings)
+    made = _recipe(model, recipe, seed, settings, preset)
+    refuse_rounding(made)
     world = _world(device, settings) | {"progress": progress}
     if plan:
         others = {"teacher": teacher, "overwrite": overwrite, "memory": memory, "by_blocks": False}
@@ -467,23 +480,37 @@ def generate(
 # --- what commands share --------------------------------------------------------------------------
 
 
-def _recipe(model: str, file: Path | None, seed: int | None, settings: Payload) -> Recipe:
-    """The recipe of ``--recipe``, or the default one, with the flags that were given."""
+def _recipe(
+    model: str,
+    file: Path | None,
+    seed: int | None,
+    settings: Payload,
+    preset: str,
+    *,
+    rounds: bool = False,
+) -> Recipe:
+    """The recipe of ``--recipe``, or the default one, with the flags that were given.
+
+    A flag goes before the preset, and that before the recipe. ``rounds``: a baseline's is made to
+    have no steps, where none were asked for.
+    """
     base = default_recipe(model)
     if file:
         from ternq.files import read_json
 
         found = read_json(file)
         base = Recipe.from_json(found.get("recipe", found))
-    training = base.training
-    if settings.get("tokens") is not None or settings.get("steps") is not None:
+    own, chosen, training = _of(Training, settings), PRESETS.get(preset, {}), base.training
+    if own.keys() & {"tokens", "steps"}:
+        chosen = {name: value for name, value in chosen.items() if name != "tokens"}
+    scheme = merge(base.scheme, _of(Scheme, settings))
+    alone = rounds and scheme.method in BASELINES and not file  # the demo's budget is DLT's
+    if alone or (chosen | own).keys() & {"tokens", "steps"}:
         training = replace(training, tokens=None, steps=None)
-    return Recipe(
-        model=model,
-        scheme=merge(base.scheme, _of(Scheme, settings)),
-        training=merge(training, _of(Training, settings)),
-        seed=base.seed if seed is None else seed,
-    )
+    seed = base.seed if seed is None else seed
+    made = Recipe(model=model, scheme=scheme, training=merge(training, chosen | own), seed=seed)
+    refuse_preset(made, preset)
+    return untrained(made) if rounds else made
 
 
 def _of(part: Any, settings: Payload) -> Payload:

@@ -7,9 +7,10 @@ paper itself was not read. Threshold, scale and shift of a group are those of `t
 fitted to the group's weights as the columns before it have left them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ class Compensated:
     error: float
     dead: int
     damping: float
+
+
+class Levels(Protocol):
+    """What the columns of a group are rounded to, a grid for every row."""
+
+    def codes(self, column: Tensor) -> Tensor:
+        """Codes of weights ``[..., out]``, as float."""
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes ``[..., out]`` stand for."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +91,16 @@ def compensate(
     Raises:
         ValueError: weight or Hessian is not finite.
     """
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
-        raise ValueError("a weight or an input of the layer is not finite")
-    upper, dead, damping = inverse_root(hessian, damping)
-    left = weight.detach().float().t().contiguous()  # rows are input columns: contiguous updates
-    codes, latent = torch.empty_like(left), torch.empty_like(left)
-    levels = []
-    for first in range(0, len(left), group_size):
-        group = slice(first, min(first + group_size, len(left)))
-        part, own = left[group], upper[group, group]
-        with _one_thread():
-            levels.append(_levels(part.t().contiguous(), own.diagonal() ** -2, shift, rounds))
-            codes[group], errors = _round_columns(part, own, levels[-1])
-            latent[group] = _latent(part, codes[group], levels[-1])
-        left[group.stop :].addmm_(upper[group, group.stop :].t(), errors, alpha=-1)
+    codes, latent = (torch.empty(weight.shape[::-1], device=weight.device) for _ in range(2))
+    levels: list[_Levels] = []
+
+    def rounded(part: Tensor, own: Tensor, group: slice) -> Tensor:
+        levels.append(_levels(part.t().contiguous(), own.diagonal() ** -2, shift, rounds))
+        codes[group], errors = round_columns(part, own, levels[-1])
+        latent[group] = _latent(part, codes[group], levels[-1])
+        return errors
+
+    dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
     scale = torch.stack([level.scale for level in levels], 1)
     shifts = [level.shift for level in levels if level.shift is not None]
     whole = codes.t().contiguous().to(torch.int8)
@@ -107,6 +114,45 @@ def compensate(
         dead,
         damping,
     )
+
+
+def by_groups(
+    weight: Tensor,
+    hessian: Tensor,
+    group_size: int,
+    rounded: Callable[[Tensor, Tensor, slice], Tensor],
+    damping: float = DAMPING,
+) -> tuple[int, float]:
+    """Go through the groups of a weight ``[out, in]``; later columns make good earlier errors.
+
+    ``rounded`` gets a group's columns as the groups before left them, as rows ``[m, out]`` that it
+    may change; the group's own part of `inverse_root`'s factor; and its place. It returns the
+    errors, as `round_columns` and `errors_of` do. Returns the number of dead channels and the
+    damping that was needed.
+
+    Raises:
+        ValueError: weight or Hessian is not finite.
+    """
+    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
+        raise ValueError("a weight or an input of the layer is not finite")
+    upper, dead, damping = inverse_root(hessian, damping)
+    left = weight.detach().float().t().contiguous()  # rows are input columns: contiguous updates
+    for first in range(0, len(left), group_size):
+        group = slice(first, min(first + group_size, len(left)))
+        with _one_thread():
+            errors = rounded(left[group], upper[group, group], group)
+        left[group.stop :].addmm_(upper[group, group.stop :].t(), errors, alpha=-1)
+    return dead, damping
+
+
+def errors_of(lost: Tensor, upper: Tensor) -> Tensor:
+    """The scaled errors of a group that is rounded as a whole: ``lost`` is weight less value.
+
+    Both ``[m, out]``. They are those of rounding column by column to the same values: the columns
+    that are left move as the minimum of the output's error has it.
+    """
+    errors: Tensor = torch.linalg.solve_triangular(upper.t(), lost, upper=False)
+    return errors
 
 
 def inverse_root(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, int, float]:
@@ -196,7 +242,7 @@ def _refit(weight: Tensor, cost: Tensor, levels: _Levels) -> _Levels:
     return _nearest(_Levels(scale, shift, levels.center, levels.reach))
 
 
-def _round_columns(rows: Tensor, upper: Tensor, levels: _Levels) -> tuple[Tensor, Tensor]:
+def round_columns(rows: Tensor, upper: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     """Round a group column by column; ``rows`` ``[m, out]`` become the compensated weights.
 
     Returns codes and scaled errors, both float32 ``[m, out]``: column j of what is still to be

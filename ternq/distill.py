@@ -32,7 +32,7 @@ from ternq.linear import (
 )
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Scheme
+from ternq.recipe import Recipe, Scheme, refuse_rounding
 from ternq.reconstruct import rows_at_once
 from ternq.runs import REPORT
 from ternq.student import student_of
@@ -93,6 +93,7 @@ def distill(
             "--block-by-block leaves no student that could be trained on.",
             "ternq ternarize makes the packed model so.",
         )
+    refuse_rounding(recipe)
     trackers.check(log_with)
     with runs.locked(out, resume, overwrite, [model, teacher]):
         prepared, record = begin(
@@ -267,7 +268,7 @@ def prepare_run(
         _same_shape(big, student)
         big.model.requires_grad_(False)
     rule = group_rule(selection, recipe.scheme.group_size)
-    if rule and recipe.scheme.method == "dlt":
+    if rule and recipe.scheme.method != "absmean":
         notes.append(rule)
     recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
     taught = "" if big is None else recipe.base if big is base else hf.fingerprint(big.model)
@@ -333,7 +334,10 @@ def fitting(
         notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
         training = replace(training, sequence_length=longest)
     counted = None
-    if record is None:
+    if recipe.only_rounds:
+        counted, why = budget.rounding(built, training, device, memory)
+        notes.append(f"Strategy: {why}.")
+    elif record is None:
         scheme = built.scheme or recipe.scheme
         by_blocks = by_blocks and built.by_blocks
         training, counted, why = budget.choose(
@@ -484,7 +488,7 @@ def train_run(
         "model": recipe.model,
         "teacher": record["teacher"],
         "untrained": record["untrained"],
-        "recipe": _as_made(prepared, steps).to_json(),
+        "recipe": as_made(prepared, steps).to_json(),
         "training": {
             "steps": steps,
             "tokens": tokens,
@@ -563,7 +567,7 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
         checkpoint.write_json(out / hf.RUN_FILE, record)
 
 
-def _as_made(prepared: Prepared, steps: int) -> Recipe:
+def as_made(prepared: Prepared, steps: int) -> Recipe:
     """The recipe with what was left to the machine filled in, so that it can be replayed."""
     recipe = prepared.recipe
     training = replace(recipe.training, steps=steps, tokens=None, data=prepared.corpus.specs)

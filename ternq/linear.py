@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import absmean, processes, ternary
+from ternq import absmean, billm, grid, processes, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import Scheme, Ste
@@ -107,6 +107,10 @@ class TernaryLinear(nn.Linear):
         scale = self.weight_scale.detach().cpu()
         shift = None if self.weight_shift is None else self.weight_shift.detach().cpu()
         return ternary.TernaryWeight(self.codes().cpu(), scale, shift, self.group_size)
+
+    def value(self) -> Tensor:
+        """The weight as it is used, float32 ``[out, in]``."""
+        return self.numbers().dequantized()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
@@ -243,8 +247,40 @@ class AbsmeanLinear(TernaryLinear):
         return absmean.quantize(self.weight.detach()).to(torch.int8)
 
 
-def layer_class(scheme: Scheme) -> type[TernaryLinear]:
+class RoundedLinear(nn.Linear):
+    """A linear layer of a baseline that is not ternary (`ternq.baseline`): dense until rounded.
+
+    ``weight`` is ``[out, in]`` whatever the layer was. ``bits`` are those that the rounded weight
+    would be stored in; ``code_bits`` the ones of its codes alone, 0 before it is rounded.
+    """
+
+    bits = code_bits = 0
+    bias: nn.Parameter | None  # type: ignore[assignment]  # as nn.Linear has it without a bias
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, scheme: Scheme, ste: Ste = "identity") -> "RoundedLinear":
+        """The layer's own weight."""
+        weight = dense_weight(layer)
+        rows, columns = weight.shape
+        new = cls(columns, rows, bias=False, device="meta")
+        new.weight = layer.weight if isinstance(layer, nn.Linear) else nn.Parameter(weight)
+        new.bias = getattr(layer, "bias", None)
+        if scheme.method == "billm":
+            new.bits = billm.stored_bits(rows, columns, scheme.group_size)
+        else:
+            bits = scheme.bits or 2
+            new.bits = grid.stored_bits(rows, columns, bits, scheme.symmetric, scheme.group_size)
+        return new.train(layer.training)
+
+    def value(self) -> Tensor:
+        """The weight as it is used."""
+        return self.weight.detach()
+
+
+def layer_class(scheme: Scheme) -> type[Any]:
     """The layer of a scheme's method."""
+    if scheme.method in ("rtn", "gptq", "billm"):
+        return RoundedLinear
     return AbsmeanLinear if scheme.method == "absmean" else TernaryLinear
 
 
@@ -332,13 +368,19 @@ def prepare(model: nn.Module, scheme: Scheme, ste: Ste = "identity") -> Selectio
 
 
 def settled(model: nn.Module, scheme: Scheme) -> Scheme:
-    """The scheme as it is stored: absmean has no shift, and a group is the widest row.
+    """The scheme as it is stored: what its method does not leave open is filled in.
+
+    Baselines but PT2-LLM have no shift, RTN and GPTQ some bits, and a group of absmean is the
+    widest row.
 
     Raises:
         RecipeError: another group size was asked for.
     """
-    if scheme.method != "absmean":
+    if scheme.method in ("dlt", "pt2", "float"):
         return scheme
+    if scheme.method != "absmean":
+        bits = scheme.bits or 2 if scheme.method in ("rtn", "gptq") else None
+        return replace(scheme, shift=False, bits=bits)
     chosen = select(model, replace(scheme, group_size=1)).chosen
     widest = max(features(layer)[0] for layer in chosen.values())
     if scheme.group_size not in (Scheme().group_size, widest):
@@ -353,6 +395,11 @@ def settled(model: nn.Module, scheme: Scheme) -> Scheme:
 def ternary_layers(model: nn.Module) -> dict[str, TernaryLinear]:
     """Name -> layer in training."""
     return {n: m for n, m in model.named_modules() if isinstance(m, TernaryLinear)}
+
+
+def rounded_layers(model: nn.Module) -> dict[str, RoundedLinear]:
+    """Name -> layer of a baseline that is not ternary."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, RoundedLinear)}
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -131,7 +131,8 @@ def _settings(part: Any) -> Iterator[inspect.Parameter]:
         }
         name = flag(item.name)
         kind = list[str] | None if hint == tuple[str, ...] else hint | None
-        names = f"{name}/--no-{name[2:]}" if hint is bool else name
+        off = item.metadata["off"] or f"--no-{name[2:]}"
+        names = f"{name}/{off}" if hint is bool else name
         yield inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -141,9 +142,9 @@ def _settings(part: Any) -> Iterator[inspect.Parameter]:
 
 
 def _metavar(hint: Any) -> str | None:
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else ""
     if choices:
-        return "|".join(choices)
+        return choices if len(choices) < 40 else "NAME"
     return {int: "N", int | None: "N", float: "X", float | None: "X", bool: None}.get(hint, "NAME")
 
 
@@ -217,9 +218,11 @@ Resume = Annotated[
     ),
 ]
 Preset = Annotated[
-    Literal["auto"],
+    Literal["auto", "quick", "balanced", "best"],
     option(
-        "--preset", metavar="auto", hidden=True, help="Takes what fits the device, and says so."
+        "--preset",
+        metavar="NAME",
+        help="auto, quick, balanced or best: how much work.",
     ),
 ]
 KeepDtype = Annotated[

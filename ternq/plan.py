@@ -6,13 +6,15 @@ teach nothing, where model and device are here.
 """
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ternq import budget, checkpoint, distill, hf, scratch
+from ternq import baseline, budget, checkpoint, distill, hf, scratch
 from ternq.corpus import HELD_OUT_TOKENS
+from ternq.linear import rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
@@ -23,6 +25,8 @@ from ternq.weights import stored_dtype, weights_summary
 
 SAVING = 200e6  # bytes a second that a checkpoint is written, read back and compared at
 TEXTS = 2 * len(PROMPTS[""]) * TOKENS  # tokens that teacher and student write for the report
+WALKS = 4  # passes of a whole model that a start over its text is worth; 2.7 to 3.5 in bf16
+SOME = 1024  # rows and columns of a layer that is rounded to know how long all take
 PASSES = 3  # over the held-out text: teacher, untrained and packed student
 
 
@@ -107,28 +111,60 @@ def _times(
         reading = tokens_per_second(student.eval(), length)
         passes = (PASSES - 1) / reading
         passes += 1 / tokens_per_second(teacher.eval(), length) if teacher else 0.0
-    trainer = Trainer(
-        student=student,
-        teacher=teacher,
-        blocks=iter(()),
-        settings=prepared.recipe.training,
-        steps=1,
-        folder=out,
-        progress=progress,
-    )
-    training = _training(prepared.recipe, budget.probe(trainer))
+    rounding = _rounding(prepared)
+    rate = None
+    if not prepared.recipe.only_rounds:
+        trainer = Trainer(
+            student=student,
+            teacher=teacher,
+            blocks=iter(()),
+            settings=prepared.recipe.training,
+            steps=1,
+            folder=out,
+            progress=progress,
+        )
+        rate = budget.probe(trainer)
+    training = _training(prepared.recipe, rate)
     held_out = len(prepared.corpus.held_out) or HELD_OUT_TOKENS
     state = sum(p.nbytes for p in student.parameters()) * (3 if training["steps"] else 1)
     parts = {
         "starting": starting,
         "loading": loading,
-        "training": training["seconds"],
+        "start": rounding + _walking(prepared.recipe, reading, rate),
+        "training": training["seconds"] or 0.0,
         "evaluation": held_out * passes,
         "saving": state / SAVING,
         "packing": loading,  # written, read back and loaded again
         "texts": TEXTS * _forward(student),
     }
     return {"training": training, "seconds": parts | {"total": sum(parts.values())}}
+
+
+def _walking(recipe: Recipe, reading: float, rate: float | None) -> float:
+    """Seconds that the text of a start takes through the blocks, and their training on it."""
+    settings, scheme = recipe.training, recipe.scheme
+    tokens = settings.calibration * settings.sequence_length
+    if scheme.method not in baseline.CALIBRATED and settings.start == "closed-form":
+        return 0.0
+    epochs = settings.reconstruction_epochs if settings.start == "reconstructed" else 0
+    return WALKS * tokens / reading + epochs * tokens / (rate or reading)
+
+
+def _rounding(prepared: distill.Prepared) -> float:
+    """Seconds of rounding all layers by their inputs, from one of each shape."""
+    recipe = prepared.recipe
+    if recipe.scheme.method not in baseline.CALIBRATED and recipe.training.start == "closed-form":
+        return 0.0
+    layers = {**ternary_layers(prepared.student.model), **rounded_layers(prepared.student.model)}
+    shapes = Counter(tuple(layer.weight.shape) for layer in layers.values())
+    seconds = 0.0
+    for (rows, columns), count in shapes.items():
+        weight = torch.randn(min(rows, SOME), min(columns, SOME))
+        began = time.monotonic()
+        baseline.round_weight(weight, torch.eye(weight.shape[1]), recipe.scheme)
+        took = time.monotonic() - began
+        seconds += count * took * rows * columns / weight.numel()
+    return seconds
 
 
 def _forward(model: Any) -> float:

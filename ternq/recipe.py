@@ -24,35 +24,56 @@ Start = Literal["closed-form", "compensated", "reconstructed"]
 Train = Literal["all", "scales", "low-rank"]
 Optimizer = Literal["adamw", "adamw-8bit"]
 Latent = Literal["float32", "bfloat16"]
-Method = Literal["dlt", "absmean", "float"]
 TeacherDtype = Literal["float32", "bfloat16", "int8"]
+Method = Literal["dlt", "rtn", "gptq", "absmean", "twn", "pt2", "billm", "float"]
+BASELINES = ("rtn", "gptq", "absmean", "twn", "pt2", "billm")  # ternarize only rounds by them
+BITS = (2, 3, 4, 8)
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"start": "compensated", "calibration": 32, "tokens": 100_000},
+    "balanced": {"start": "reconstructed", "calibration": 64, "reconstruction_epochs": 5,
+                 "tokens": 300_000},
+    "best": {"start": "reconstructed", "calibration": 256, "reconstruction_epochs": 5,
+             "tokens": 1_000_000},
+}  # fmt: skip
 Objective = Literal["distill", "ce"]
 Schedule = Literal["linear", "cosine"]
 Part = TypeVar("Part", "Scheme", "Training")
 
 
-def option(default: Any, help: str, *, hidden: bool = False) -> Any:
-    """A dataclass field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "hidden": hidden})
+def option(default: Any, help: str, *, hidden: bool = False, off: str | None = None) -> Any:
+    """A dataclass field that is also a command-line option; ``off`` is what turns it off."""
+    return field(default=default, metadata={"help": help, "hidden": hidden, "off": off})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """Ternary layers"""
 
-    group_size: int = option(128, "Consecutive input columns that share one scale and shift.")
-    shift: bool = option(True, "Learn a shift beside the scale (DLT); without: scale * code.")
-    skip: tuple[str, ...] = option((), "Glob of linear layers to leave dense (repeatable).")
-    method: Method = option(
-        "dlt", "Ternary rule: dlt, absmean (TriLM); float rounds nothing.", hidden=True
+    group_size: int = option(128, "Input columns that share one scale and shift.")
+    shift: bool = option(True, "Learn a shift beside the scale (DLT), or none.")
+    skip: tuple[str, ...] = option((), "Linear layers to leave dense, as a glob.")
+    method: Method = option("dlt", "dlt, rtn, gptq, absmean, twn, pt2 or billm.")
+    bits: int | None = option(None, "Of rtn and gptq: 2, 3, 4 or 8. [default: 2]", hidden=True)
+    symmetric: bool = option(
+        False, "Of rtn and gptq: levels around 0, no zero point.", hidden=True, off="--asymmetric"
     )
 
     def __post_init__(self) -> None:
+        self._check_grid()
         if self.group_size < 1:
             raise RecipeError(
                 f"--group-size is {self.group_size}; a group has at least one column.",
                 "The default is 128.",
             )
+
+    def _check_grid(self) -> None:
+        if self.method not in ("rtn", "gptq") and (self.bits is not None or self.symmetric):
+            one = "--symmetric" if self.bits is None else "--bits"
+            raise RecipeError(f"{one} is of --method rtn and gptq, not of {self.method}.")
+        if self.bits is not None and self.bits not in BITS:
+            raise RecipeError(f"--bits is {self.bits}; it is 2, 3, 4 or 8.")
+        if self.method == "pt2" and not self.shift:
+            raise RecipeError("--method pt2 has a shift; --no-shift is of --method dlt.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +82,7 @@ class Training:
 
     tokens: int | None = option(None, "Tokens to train on. [default: what fits in two hours]")
     steps: int | None = option(None, "Optimizer steps, instead of --tokens.")
-    data: tuple[str, ...] = option(
-        (), "Hub dataset, .txt/.jsonl/.parquet file or folder, or 'self'; NAME=WEIGHT to mix."
-    )
+    data: tuple[str, ...] = option((), "Hub dataset, text file, folder, 'self'; NAME=WEIGHT.")
     batch_size: int = option(4, "Blocks of text in one optimizer step.")
     micro_batch_size: int | None = option(None, "Blocks at once; the rest is accumulated.")
     sequence_length: int = option(256, "Tokens in a block.")
@@ -184,6 +203,12 @@ class Recipe:
     base: str = ""
     version: str = ""
 
+    @property
+    def only_rounds(self) -> bool:
+        """Whether it is a baseline's, see `untrained`."""
+        rounds = self.scheme.method in BASELINES and self.training.steps == 0
+        return rounds and not self.training.from_scratch
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, lists for tuples."""
         return {k: _plain(v) for k, v in asdict(self).items()}
@@ -242,6 +267,47 @@ def refuse_scratch(recipe: Recipe) -> None:
         raise RecipeError(
             "ternarize makes a trained model ternary; a model from scratch is ternq distill's.",
             "ternq distill MODEL --from-scratch --objective ce -o RUN, then ternq pack RUN",
+        )
+
+
+def untrained(recipe: Recipe) -> Recipe:
+    """The recipe as `ternarize` takes it: a baseline has no steps of training.
+
+    Raises:
+        RecipeError: it asks for some.
+    """
+    method, training = recipe.scheme.method, recipe.training
+    if method not in BASELINES:
+        return recipe
+    if training.tokens or training.steps:
+        one = "--tokens" if training.tokens else "--steps"
+        other = ", or ternq distill --from-scratch" if method == "absmean" else ""
+        raise RecipeError(
+            f"--method {method} only rounds: there is nothing for {one} to train.",
+            f"Leave it out, or take --method dlt{other}.",
+        )
+    return replace(recipe, training=replace(training, tokens=None, steps=0))
+
+
+def refuse_rounding(recipe: Recipe) -> None:
+    """`RecipeError` for `distill`, which trains, where the method only rounds."""
+    method = recipe.scheme.method
+    if method in BASELINES and method != "absmean":
+        raise RecipeError(
+            f"--method {method} only rounds: there is nothing to train.",
+            f"ternq ternarize MODEL --method {method} makes the model.",
+        )
+
+
+def refuse_preset(recipe: Recipe, preset: str) -> None:
+    """`RecipeError` where there is no start and no training for a preset to choose."""
+    method, scratch = recipe.scheme.method, recipe.training.from_scratch
+    if preset != "auto" and (scratch or method != "dlt"):
+        one = "--from-scratch" if scratch else f"--method {method}"
+        raise RecipeError(
+            f"--preset {preset} says how a trained model is started and trained by DLT; with {one} "
+            "there is no such choice.",
+            "Leave --preset out.",
         )
 
 

@@ -299,7 +299,9 @@ def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
     yield "training", _budget(training)
     if payload.get("seconds"):
         parts = payload["seconds"]
-        yield "time", f"{duration(parts['total'])}, {duration(parts['training'])} of it training"
+        said = f"{duration(parts['total'])}, {duration(parts['training'])} of it training"
+        start = f", {duration(parts['start'])} the start" if parts.get("start") else ""
+        yield "time", said + start
     for kind in ("memory", "disk"):
         needed, free = (size(payload[kind][key]) for key in ("needed", "free"))
         yield kind, f"{needed} of {free} free"

@@ -44,6 +44,8 @@ def check(recipe: Recipe, teacher: str | None) -> None:
     if (scratch or scheme.method != "dlt") and (training.train != "all" or training.cache_teacher):
         one = "--cache-teacher" if training.cache_teacher else f"--train {training.train}"
         raise RecipeError(f"{one} is for a trained model and --method dlt.")
+    if scheme.method != "dlt" and training.block_by_block:
+        raise RecipeError(f"--block-by-block is of --method dlt, not of {scheme.method}.")
     if scheme.method != "dlt" and (training.scale_lr is not None or training.ste != "identity"):
         one = "--ste" if training.ste != "identity" else "--scale-lr"
         raise RecipeError(f"{one} is of --method dlt; {scheme.method} learns no scales.")

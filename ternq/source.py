@@ -19,7 +19,7 @@ from ternq import absmean, checkpoint, hf, packing, ternary
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
-from ternq.linear import ternary_layers
+from ternq.linear import rounded_layers, ternary_layers
 from ternq.modeling_ternq import features
 from ternq.recipe import Recipe, Scheme, display_name
 from ternq.ternary import TernaryWeight
@@ -108,6 +108,37 @@ def of_model(loaded: Loaded, base: Path) -> Source:
         reload=lambda: loaded.model,
         about=_recipe(loaded.path) if loaded.kind == "run" else {},
     )
+
+
+def of_rounded(loaded: Loaded, base: Path) -> Source:
+    """A model in memory whose rounded layers are not ternary: a dense one, tensor by tensor."""
+    skeleton, state = hf.skeleton(base), hf.unique_state(loaded.model)
+    held = {f"{n}.weight": skeleton.get_submodule(n) for n in rounded_layers(loaded.model)}
+    turned = {name for name, module in held.items() if not isinstance(module, nn.Linear)}
+
+    def tensor(name: str) -> Tensor:  # a Conv1D is [in, out] in the file
+        return state[name].t().contiguous().cpu() if name in turned else state[name].cpu()
+
+    return Source(
+        name=loaded.name,
+        base=base,
+        config=_model_config(base),
+        skeleton=skeleton,
+        modules=(),
+        others={
+            n: (t.dtype, tuple(t.shape[:: -1 if n in turned else 1])) for n, t in state.items()
+        },
+        group_size=1,
+        shift=False,
+        dtype=loaded.dtype,
+        layer=_no_layer,
+        tensor=tensor,
+        about=_recipe(loaded.path),
+    )
+
+
+def _no_layer(name: str) -> TernaryWeight:
+    raise KeyError(name)
 
 
 def of_stored(

@@ -12,7 +12,7 @@ from ternq import hf
 from ternq.files import sha256
 from ternq.hf import Loaded
 from ternq.progress import Progress, ignore
-from ternq.publish import MANIFEST, read_manifest
+from ternq.publish import EXPORT_MANIFEST, MANIFEST, read_manifest
 from ternq.text import is_offline
 from ternq.weights import weights_summary
 
@@ -86,6 +86,11 @@ class Subject:
             manifest = read_manifest(path)
             size = sum(file["bytes"] for file in manifest["files"])
             return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
+        if path is not None and (path / EXPORT_MANIFEST).is_file():
+            manifest = read_manifest(path, EXPORT_MANIFEST)
+            if "bpw_total" in manifest["weights"]:  # a baseline: its bits as they would be stored
+                size = sum(file["bytes"] for file in manifest["files"])
+                return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
         if loaded.kind != "dense":
             return {"kind": loaded.kind} | weights_summary(loaded.model, loaded.dtype)
         count = loaded.model.num_parameters()

@@ -11,15 +11,26 @@ from typing import Any
 
 import torch
 
-from ternq import budget, checkpoint, distill, hf, processes, runs, streamed, trackers
+from ternq import (
+    baseline,
+    budget,
+    checkpoint,
+    distill,
+    hf,
+    processes,
+    runs,
+    streamed,
+    trackers,
+)
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
+from ternq.linear import ternary_layers
 from ternq.measure import Limit
 from ternq.pack import pack
 from ternq.page import page, steps_of
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, refuse_scratch
+from ternq.recipe import Recipe, refuse_scratch, untrained
 from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
@@ -59,6 +70,8 @@ def ternarize(
     """
     trackers.check(log_with)
     refuse_scratch(recipe)
+    recipe = untrained(recipe)
+    baseline.check(recipe, embeddings, keep_dtype)
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
@@ -94,7 +107,8 @@ def ternarize(
                 "Go on with ternq distill, then ternq pack.",
             )
         by_blocks = isinstance(prepared, streamed.Streamed)
-        how: Any = streamed if by_blocks else distill
+        rounds = recipe.only_rounds
+        how: Any = streamed if by_blocks else baseline if rounds else distill
         trained = how.train_run(
             prepared, run, record, time_limit=time_limit, log_with=log_with, progress=progress
         )
@@ -110,6 +124,13 @@ def ternarize(
             )
         budget.give_back()
         progress(Event("pack", "Packing, and loading what was packed to compare it"))
+
+        whole: Any = replace(prepared.student, kind="run", path=run)
+        form: dict[str, Any] = {"embeddings": embeddings, "keep_dtype": keep_dtype}
+        if by_blocks:
+            whole = streamed.source(prepared, run)
+        elif rounds and not ternary_layers(prepared.student.model):
+            whole, form = baseline.dense_source(prepared, run)
 
         def measure(folder: Path) -> dict[str, Any]:
             packed = _reloaded(folder, device, by_blocks)
@@ -128,15 +149,15 @@ def ternarize(
                         [loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress
                     )
                     results[name] |= found["results"][name]
-            return {"student": student, "results": results}
+            found = {"student": student, "results": results}
+            dense = "format" in form
+            return found | ({"weights": baseline.weights(prepared, folder)} if dense else {})
 
-        whole = replace(prepared.student, kind="run", path=run)
         packed = pack(
-            streamed.source(prepared, run) if by_blocks else whole,
+            whole,
             out,
-            embeddings=embeddings,
+            **form,
             overwrite=overwrite or half,
-            keep_dtype=keep_dtype,
             progress=progress,
             extra=asked | ({"made": made} if made else {}),
             measure=measure,
@@ -201,9 +222,10 @@ def write_pages(out: Path, payload: dict[str, Any]) -> None:
 
 def _made(out: Path, asked: dict[str, Any]) -> bool:
     """Whether the artefact at ``out`` is what this very request makes."""
-    if not (out / checkpoint.MANIFEST).is_file():
+    name = _manifest(out)
+    if name is None:
         return False
-    manifest = checkpoint.read_manifest(out)
+    manifest = checkpoint.read_manifest(out, name)
     if isinstance(was := manifest.get("asked"), dict):  # settings that are newer have defaults
         manifest = manifest | {"asked": Recipe.from_json(was).to_json()}
     return all(manifest.get(key) == value for key, value in asked.items()) and (
@@ -213,9 +235,10 @@ def _made(out: Path, asked: dict[str, Any]) -> bool:
 
 def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The report of an artefact that this very request made; None where ``out`` has none."""
-    if not (out / checkpoint.MANIFEST).is_file():
+    name = _manifest(out)
+    if name is None:
         return None
-    manifest = checkpoint.read_manifest(out)
+    manifest = checkpoint.read_manifest(out, name)
     if not isinstance(manifest.get("asked"), dict):
         return None
     if not _made(out, asked):
@@ -224,12 +247,18 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
             f"'{out}' was made with another recipe ({'; '.join(found) or 'other options'}).",
             "Choose another -o, or pass --overwrite.",
         )
-    checkpoint.verify_files(out)  # what is finished must also be whole
+    checkpoint.verify_files(out, name)  # what is finished must also be whole
     report = out.with_name(out.name + ".report") / REPORT
     if report.is_file():
         return checkpoint.read_json(report)
     kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
     return {"model": recipe.model, "out": str(out), "notes": [f"{report} is gone."]} | kept
+
+
+def _manifest(out: Path) -> str | None:
+    """The manifest of an artefact, or of the dense folder of a baseline; None where none is."""
+    names = (checkpoint.MANIFEST, checkpoint.EXPORT_MANIFEST)
+    return next((name for name in names if (out / name).is_file()), None)
 
 
 def samples(model: str, teacher: hf.Loaded, student: hf.Loaded) -> list[dict[str, str]]:

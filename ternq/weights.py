@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ternq import packing, ternary
 from ternq.frozen import Compact
-from ternq.linear import Ternary, TernaryLinear, dense_weight
+from ternq.linear import RoundedLinear, Ternary, TernaryLinear, dense_weight
 from ternq.modeling_ternq import Int8, PackedLinear, is_linear
 
 
@@ -83,6 +83,10 @@ def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> di
         if isinstance(module, TernaryLinear | PackedLinear):
             codes = module.codes() if isinstance(module, TernaryLinear) else module.unpacked()[0]
             tally.add_layer(codes, module.group_size, module.weight_shift is not None)
+        elif isinstance(module, RoundedLinear) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            tally.linear += module.weight.numel()
+            tally.linear_bits += module.bits
         elif isinstance(module, Int8) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             stored = module.weight.nbytes + module.scale().nbytes
@@ -95,6 +99,8 @@ def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> di
             tally.add_dense(parameter.numel(), bits, embedding=module in tables)
     if not tally.linear:  # a dense model: its linear layers are among the others
         return tally.summary() | {"bpw_linear": 8.0 * dtype.itemsize}
+    if not any(isinstance(m, TernaryLinear | PackedLinear) for m in model.modules()):
+        return tally.summary() | {"coverage": 0.0}  # a baseline that is not ternary
     return tally.summary()
 
 

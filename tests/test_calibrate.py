@@ -294,7 +294,7 @@ def test_an_older_artefact_is_still_found_to_be_finished(
     asked = {"asked": recipe.to_json(), "keep_dtype": False}
     assert _made(tmp_path / "out", asked)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "read_manifest", lambda folder: manifest)
+        patched.setattr(checkpoint, "read_manifest", lambda folder, name: manifest)
         assert _made(tmp_path / "out", asked)
     assert made["verify"]["ok"]
 
