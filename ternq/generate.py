@@ -6,6 +6,7 @@ A packed model of Llama's kind is run by `ternq.decoder`, any other by transform
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -182,10 +183,11 @@ def _load(
     from ternq.decoder import ARCHITECTURES
 
     if dtype is None and device == "cpu":
-        built = hf.blueprint(model, offline=offline, trust_remote_code=trust)
-        kinds = getattr(built.config, "architectures", None) or ()
-        if built.scheme is not None and set(kinds) & set(ARCHITECTURES):
-            dtype = hf.dtype_of(built)
+        with suppress(InputError):  # loading says it, in the words of what the model is
+            built = hf.blueprint(model, offline=offline, trust_remote_code=trust)
+            kinds = getattr(built.config, "architectures", None) or ()
+            if built.scheme is not None and set(kinds) & set(ARCHITECTURES):
+                dtype = hf.dtype_of(built)
     return hf.load(
         model,
         device=device,

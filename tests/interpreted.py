@@ -3,8 +3,6 @@
 The interpreter cuts bfloat16 off where a GPU rounds it, so that type's bounds are wide here.
 """
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -184,7 +182,3 @@ def test_what_is_refused() -> None:
         gpu.matmul(torch.zeros(2, 200), weight(6, 200, 128))
     with pytest.raises(ValueError, match="not 'base3'"):
         gpu.convert(packed)
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", __file__]))

@@ -189,21 +189,24 @@ def test_a_probe_teaches_nothing(tmp_path: Path) -> None:
 def tried(by_blocks: bool = False, **settings: Any) -> list[tuple[Any, ...]]:
     chosen = replace(SETTINGS, batch_size=6, **settings)
     return [
-        (s.train, s.micro_batch_size, s.gradient_checkpointing, s.block_by_block)
+        (s.train, s.micro_batch_size, s.gradient_checkpointing, s.teacher_dtype, s.block_by_block)
         for family in budget.families(chosen, by_blocks)
         for s, _ in family
     ]
 
 
 def test_strategies_and_their_order() -> None:
+    whole, eight = "float32", "int8"
     sizes = [(None, False), (3, False), (1, False), (1, True)]
+    sizes = [*((*size, whole) for size in sizes), (1, True, eight)]
     everything = [(train, *s, False) for train in ("all", "low-rank", "scales") for s in sizes]
     assert tried() == everything
-    assert tried(by_blocks=True) == [*everything, ("all", None, False, True)]
-    assert tried(by_blocks=True, block_by_block=True) == [("all", None, False, True)]
+    last = [("all", None, False, whole, True)]
+    assert tried(by_blocks=True) == [*everything, *last]
+    assert tried(by_blocks=True, block_by_block=True) == last
     assert tried(by_blocks=True, train="scales") == [("scales", *s, False) for s in sizes]
     assert tried(micro_batch_size=2, gradient_checkpointing=True, train="scales") == [
-        ("scales", 2, True, False)
+        ("scales", 2, True, dtype, False) for dtype in (whole, eight)
     ]
 
 

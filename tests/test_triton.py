@@ -26,14 +26,16 @@ def run(script: str, *arguments: str, cache: Path, interpret: bool = False) -> s
         "TRITON_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *script.split(), *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_the_kernels_equal_float64(tmp_path: Path) -> None:
-    print(run("tests/interpreted.py", cache=tmp_path, interpret=True))
+    print(
+        run("-m pytest -q -p no:cacheprovider tests/interpreted.py", cache=tmp_path, interpret=True)
+    )
 
 
 @pytest.mark.slow
