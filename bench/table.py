@@ -32,14 +32,18 @@ from ternq.perplexity import BLOCK, token_perplexity
 from ternq.recipe import display_name
 from ternq.tasks import Job, load_jobs
 
+KEEP = ["--keep-dtype"]  # of a float32 checkpoint: what is not ternary is not rounded
 TEXTS = {"wikitext": "WikiText-2", "c4": "C4"}
 FULL, W2A16 = "full precision", "GPTQ, 2 bits (W2A16)"
+FITTED = "GPTQ, 2 bits (W2A16), fitted grid"
 UNTRAINED = "DLT, reconstructed start"
 BASELINES = {
     "RTN, 2 bits": ["--method", "rtn", "--bits", "2"],
     "RTN, 3 bits": ["--method", "rtn", "--bits", "3"],
     "RTN, 4 bits": ["--method", "rtn", "--bits", "4"],
     W2A16: ["--method", "gptq", "--bits", "2"],
+    FITTED: ["--method", "gptq", "--bits", "2", "--grid", "fit"],
+    "GPTQ, 2 bits, shrunk grid": ["--method", "gptq", "--bits", "2", "--grid", "mse"],
     "GPTQ, 3 bits": ["--method", "gptq", "--bits", "3"],
     "GPTQ, 4 bits": ["--method", "gptq", "--bits", "4"],
     "GPTQ, 8 bits": ["--method", "gptq", "--bits", "8"],
@@ -78,19 +82,21 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     usual = [*text, "--calibration", str(args.calibration)]
     group = ["--group-size", str(args.group_size)]
     for name, options in BASELINES.items():
+        dense = any(method in options for method in ("rtn", "gptq", "billm"))
         size = [] if "absmean" in options else group
-        out = _place(args, name, [*usual, *size, *options])
-        yield Row(name, (["ternarize", args.model, "-o", str(out), *usual, *size, *options],), out)
+        own = [*usual, *size, *options, *([] if dense else KEEP)]
+        out = _place(args, name, own)
+        yield Row(name, (["ternarize", args.model, "-o", str(out), *own],), out)
     options = ["--tokens", "0", "--start", "reconstructed",
                "--reconstruction-epochs", str(args.epochs)]  # fmt: skip
     out = _place(args, UNTRAINED, [*usual, *group, *options])
     run = str(out.with_name(out.name + "-run"))  # it keeps the latent weights, for what goes on
     making = ["distill", args.model, "-o", run, *usual, *group, *options]
-    packing = ["pack", run, "-o", str(out), "--offline", "--json", "-q"]
+    packing = ["pack", run, "-o", str(out), "--offline", "--json", "-q", *KEEP]
     untrained = Row(UNTRAINED, (making, packing), out)
     yield untrained
     for tokens in args.budgets:
-        options = [*text, "--tokens", str(tokens), *args.training.split()]
+        options = [*text, *KEEP, "--tokens", str(tokens), *args.training.split()]
         name = f"DLT + OFF, {tokens:,} tokens"
         out = _place(args, name, [run, *options])
         command = ["ternarize", run, "-o", str(out), *options]
@@ -219,7 +225,7 @@ def main() -> None:
                 line = measured(row, jobs, args)
                 _append(args.results, line)
             lines.append(line)
-            standing = row.name in (FULL, W2A16, UNTRAINED) or row.tokens
+            standing = row.name in (FULL, W2A16, FITTED, UNTRAINED) or row.tokens
             if args.zero_shot and standing and kept(args, "zero-shot", row) is None:
                 _append(args.results, zero_shot(row, args))
         except RuntimeError as error:

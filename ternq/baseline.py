@@ -145,9 +145,9 @@ def round_weight(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Found:
     """
     size, bits = scheme.group_size, scheme.bits or 2
     if scheme.method == "rtn":
-        return grid.rtn(weight, bits, scheme.symmetric, size)
+        return grid.rtn(weight, bits, scheme.symmetric, size, scheme.grid)
     if scheme.method == "gptq":
-        return grid.gptq(weight, hessian, bits, scheme.symmetric, size)
+        return grid.gptq(weight, hessian, bits, scheme.symmetric, size, scheme.grid)
     if scheme.method == "billm":
         return billm.billm(weight, hessian, size)
     if scheme.method == "pt2":

@@ -188,7 +188,7 @@ def _method(recipe: Facts) -> str:
     scheme, training = recipe["scheme"], recipe["training"]
     learned = "scale and shift" if scheme["shift"] else "scale"
     method, form = scheme.get("method", "dlt"), "" if scheme.get("symmetric") else "a"
-    grid = f"{scheme.get('bits') or 2} bits, {form}symmetric"
+    grid = f"{scheme.get('bits') or 2} bits, {form}symmetric, grid {scheme.get('grid') or 'minmax'}"
     rule = {
         "absmean": "TriLM (absmean, one scale a matrix)",
         "float": "dense, in floating point",

@@ -28,6 +28,7 @@ TeacherDtype = Literal["float32", "bfloat16", "int8"]
 Method = Literal["dlt", "rtn", "gptq", "absmean", "twn", "pt2", "billm", "float"]
 BASELINES = ("rtn", "gptq", "absmean", "twn", "pt2", "billm")  # ternarize only rounds by them
 BITS = (2, 3, 4, 8)
+Grid = Literal["minmax", "mse", "fit"]
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"start": "compensated", "calibration": 32, "tokens": 100_000},
     "balanced": {"start": "reconstructed", "calibration": 64, "reconstruction_epochs": 5,
@@ -58,6 +59,10 @@ class Scheme:
         False, "Of rtn and gptq: levels around 0, no zero point.", hidden=True, off="--asymmetric"
     )
 
+    grid: Grid = option(
+        "minmax", "Levels of rtn and gptq: the ends, shrunk ends, or fitted.", hidden=True
+    )
+
     def __post_init__(self) -> None:
         self._check_grid()
         if self.group_size < 1:
@@ -67,8 +72,9 @@ class Scheme:
             )
 
     def _check_grid(self) -> None:
-        if self.method not in ("rtn", "gptq") and (self.bits is not None or self.symmetric):
-            one = "--symmetric" if self.bits is None else "--bits"
+        given = {"bits": self.bits, "symmetric": self.symmetric, "grid": self.grid != "minmax"}
+        one = next((flag(name) for name, value in given.items() if value not in (None, False)), "")
+        if one and self.method not in ("rtn", "gptq"):
             raise RecipeError(f"{one} is of --method rtn and gptq, not of {self.method}.")
         if self.bits is not None and self.bits not in BITS:
             raise RecipeError(f"--bits is {self.bits}; it is 2, 3, 4 or 8.")

@@ -194,6 +194,7 @@ def test_what_is_unusual_is_said(source: Path, text: Path) -> None:
         (["--method", "rtn", "--tokens", "100"], "only rounds: there is nothing for --tokens"),
         (["--method", "absmean", "--steps", "3"], "nothing for --steps to train"),
         (["--method", "twn", "--bits", "2"], "--bits is of --method rtn and gptq, not of twn"),
+        (["--method", "pt2", "--grid", "fit"], "--grid is of --method rtn and gptq, not of pt2"),
         (["--symmetric"], "--symmetric is of --method rtn and gptq, not of dlt"),
         (["--method", "gptq", "--bits", "5"], "--bits is 5; it is 2, 3, 4 or 8"),
         (["--method", "pt2", "--no-shift"], "pt2 has a shift"),

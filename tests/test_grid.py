@@ -116,6 +116,69 @@ def test_gptq_loses_less_of_the_output() -> None:
         assert error < 0.6 * plain
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_shrunk_grid_is_the_best_of_those_that_are_tried(symmetric: bool) -> None:
+    rows = random(40, 6) * torch.tensor([1.0, 50.0, 1e-2, 3.0, 1.0, 1.0])
+    rows[0, 4] = 9.0  # an outlier
+    found = grid(rows, 3, symmetric, "mse")
+    for row in range(6):
+        low, high = rows[:, row].min().clamp(max=0), rows[:, row].max().clamp(min=0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        errors = []
+        for percent in range(80):
+            share = 1 - percent / 100
+            scale = (share * (high - low) / 7).half().float()
+            zero = 4 if symmetric else torch.round(-share * low / scale)
+            levels = scale * (torch.arange(8) - zero)
+            apart = (rows[:, row, None] - levels).abs().amin(1)
+            errors.append(float(apart.pow(2.4).sum()))
+        own = found.scale[row] * (torch.arange(8) - found.zero[row])
+        error = float((rows[:, row, None] - own).abs().amin(1).pow(2.4).sum())
+        assert error == pytest.approx(min(errors), rel=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_fitted_grid_ends_at_least_squares(
+    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After enough rounds, of its own codes, as torch's solver has it; and nearer than before."""
+    monkeypatch.setattr("ternq.grid.ROUNDS", 50)
+    rows, cost = random(64, 30), torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1
+    start, found = (grid(rows, 2, symmetric, how, cost) for how in ("mse", "fit"))
+    lost = [
+        (cost[:, None] * (g.values(g.codes(rows)) - rows).square()).sum(0) for g in (start, found)
+    ]
+    assert (lost[1] <= lost[0] * 1.001).all()
+    assert lost[1].sum() < (0.99 if symmetric else 0.9) * lost[0].sum()
+    codes, root = found.codes(rows), cost.sqrt()[:, None]
+    for row in range(30):
+        one = torch.ones(64) if not symmetric else torch.zeros(64)
+        base = torch.stack([codes[:, row] - (2.0 if symmetric else 0.0), one], 1)
+        solved = torch.linalg.lstsq(root * base, root * rows[:, row : row + 1], driver="gelsd")
+        best = base @ solved.solution[:, 0] - rows[:, row]
+        assert lost[1][row] <= (cost * best.square()).sum() * 1.005
+
+
+@pytest.mark.parametrize("how", ["mse", "fit"])
+def test_other_grids_of_groups_of_one_value(how: str) -> None:
+    weight = torch.tensor([[0.0, 0.0, 0.5, 0.5, -3.0, -3.0]])
+    for symmetric in (True, False):
+        found = rtn(weight, 4, symmetric, 2, how).values
+        assert torch.allclose(found, weight, atol=0.05)
+    assert torch.isfinite(gptq(random(4, 20), torch.eye(20), 2, False, 1, how).values).all()
+
+
+def test_four_fitted_levels_lose_less_than_those_of_the_ends() -> None:
+    weight, hessian = random(16, 128), related(128)
+    errors = [gptq(weight, hessian, 2, False, 64, how).error for how in ("minmax", "mse", "fit")]
+    assert errors[0] is not None
+    assert errors[1] is not None
+    assert errors[2] is not None
+    assert errors[2] < errors[1] < errors[0]
+
+
 def test_what_cannot_be_rounded_is_refused() -> None:
     weight = random(2, 8)
     weight[0, 0] = float("nan")
