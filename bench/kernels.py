@@ -31,6 +31,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if __name__ != "__main__":  # transformers, in the benches beside this one, looks for a package
+    raise ImportError("bench/kernels.py is a program, not the package 'kernels'")
+
 SHAPES = ((576, 1536), (4096, 4096), (14336, 4096))
 GROUP = 128
 SHIM = """
