@@ -57,6 +57,7 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
     from transformers import AutoTokenizer
 
     from ternq import hf
+    from ternq.proof import dense
     from ternq.recipe import DEMO_FOLDER
 
     torch.set_num_threads(threads)
@@ -71,7 +72,7 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
     if native:
         return before, _native(loaded, ids.tolist(), new, engine == "native-int8")
     if engine == "dense":
-        _unpack(loaded)
+        dense(loaded)
         gc.collect()
     return before, _transformers(loaded, ids.unsqueeze(0), new)
 
@@ -98,37 +99,15 @@ def _native(model: Any, ids: list[int], new: int, int8: bool) -> Round:
 
 
 def _transformers(model: Any, ids: Any, new: int) -> Round:
-    import torch
-
-    from ternq.efficiency import Times
+    from ternq.efficiency import Times, generated
 
     model.generation_config = type(model.generation_config)()
 
     def once() -> tuple[float, float]:
-        times = Times()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                do_sample=False,
-                streamer=times,
-            )
+        times = generated(model, ids, new, Times())
         return times.stamps[1] - times.stamps[0], times.stamps[-1] - times.stamps[1]
 
     return once
-
-
-def _unpack(model: Any) -> None:
-    import torch
-
-    from ternq.linear import packed_layers
-
-    for name, layer in packed_layers(model).items():
-        dense = torch.nn.Linear(1, 1, bias=False)
-        dense.weight = torch.nn.Parameter(layer.dequantized(), requires_grad=False)
-        dense.bias = layer.bias
-        model.set_submodule(name, dense)
 
 
 def _llama(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple[int, Round]:

@@ -91,11 +91,12 @@ def compare(artefact: str, file: Path, llama: str, text: str, length: int, count
 
     from ternq.hf import load
     from ternq.perplexity import block_losses
+    from ternq.proof import dense
 
     loaded = load(artefact, dtype=torch.float32, offline=True)
     loaded.model.generation_config.max_length = None
     tokenizer, model = loaded.tokenizer, loaded.model
-    _unpack(model)
+    dense(model)
     ids = tokenizer(text)["input_ids"]
     count = min(count, len(ids) // length)
     blocks = [ids[i * length : (i + 1) * length] for i in range(count)]
@@ -145,19 +146,6 @@ def compare(artefact: str, file: Path, llama: str, text: str, length: int, count
         "ratio": theirs / ours,
         "ok": not other and abs(theirs / ours - 1) <= TOLERANCE,
     }
-
-
-def _unpack(model: Any) -> None:
-    """Put the same values in dense layers: packed ones are unpacked anew for every token."""
-    import torch
-
-    from ternq.linear import packed_layers
-
-    for name, layer in packed_layers(model).items():
-        dense = torch.nn.Linear(1, 1, bias=False)
-        dense.weight = torch.nn.Parameter(layer.dequantized(), requires_grad=False)
-        dense.bias = layer.bias
-        model.set_submodule(name, dense)
 
 
 def float32_copy(file: Path, folder: Path) -> Path:

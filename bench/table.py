@@ -29,7 +29,7 @@ from ternq import hf
 from ternq.evaluate import evaluate
 from ternq.files import sha256
 from ternq.perplexity import BLOCK, token_perplexity
-from ternq.recipe import display_name
+from ternq.recipe import NOT_TERNARY, display_name
 from ternq.tasks import Job, load_jobs
 
 KEEP = ["--keep-dtype"]  # of a float32 checkpoint: what is not ternary is not rounded
@@ -82,7 +82,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     usual = [*text, "--calibration", str(args.calibration)]
     group = ["--group-size", str(args.group_size)]
     for name, options in BASELINES.items():
-        dense = any(method in options for method in ("rtn", "gptq", "billm"))
+        dense = any(method in options for method in NOT_TERNARY)
         size = [] if "absmean" in options else group
         own = [*usual, *size, *options, *([] if dense else KEEP)]
         out = _place(args, name, own)

@@ -25,18 +25,17 @@ from ternq.formats import Options
 from ternq.grid import Rounded
 from ternq.linear import RoundedLinear, TernaryLinear, rounded_layers
 from ternq.progress import Event, Progress
-from ternq.recipe import Recipe, Scheme
+from ternq.recipe import NOT_TERNARY, Recipe, Scheme
 from ternq.source import Source, of_rounded
 from ternq.train import has_bf16
 from ternq.weights import weights_summary, with_file
 
 CALIBRATED = ("gptq", "pt2", "billm")  # those that look at a layer's inputs
-DENSE = ("rtn", "gptq", "billm")  # those whose layers are not ternary
 
 
 def check(recipe: Recipe, embeddings: str, keep_dtype: bool) -> None:
     """`RecipeError` for what only a packed artefact has, where the result is a dense folder."""
-    if recipe.scheme.method in DENSE and (embeddings != "keep" or keep_dtype):
+    if recipe.scheme.method in NOT_TERNARY and (embeddings != "keep" or keep_dtype):
         one = f"--embeddings {embeddings}" if embeddings != "keep" else "--keep-dtype"
         raise RecipeError(
             f"{one} is of a packed model; --method {recipe.scheme.method} writes a dense folder.",

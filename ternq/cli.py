@@ -120,8 +120,7 @@ def ternarize(
     **settings: Any,
 ) -> Payload:
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
-    if memory is not None and not plan:
-        raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
+    _refuse_memory(memory, plan)
     made = _recipe(model, recipe, seed, settings, preset, rounds=True)
     gates = _gates(settings)
     tasks = _names(settings["tasks"])
@@ -179,8 +178,7 @@ def distill(
     **settings: Any,
 ) -> Payload:
     """Train a ternary student of MODEL, or go on where it stopped."""
-    if memory is not None and not plan:
-        raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
+    _refuse_memory(memory, plan)
     made = _recipe(model, recipe, seed, settings, preset)
     refuse_rounding(made)
     world = _world(device, settings) | {"progress": progress}
@@ -478,6 +476,12 @@ def generate(
 
 
 # --- what commands share --------------------------------------------------------------------------
+
+
+def _refuse_memory(memory: Any, plan: bool) -> None:
+    """`UsageMistake` for ``--memory`` without ``--plan``."""
+    if memory is not None and not plan:
+        raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
 
 
 def _recipe(

@@ -254,13 +254,13 @@ def _speed(model: Any, prompt: int, new: int, progress: Progress) -> Found:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
-    _generate(model, ids, min(new, _WARM_UP), Times())
+    generated(model, ids, min(new, _WARM_UP), Times())
     seconds = []
     for repetition in range(_PREFILLS):
-        times = _generate(model, ids, 1, Times())
+        times = generated(model, ids, 1, Times())
         seconds.append(times.stamps[1] - times.stamps[0])
         progress(Event(f"{_STAGE}: prefill", done=repetition + 1, total=_PREFILLS))
-    times = _generate(model, ids, new, Times(new, meter(model.device), progress))
+    times = generated(model, ids, new, Times(new, meter(model.device), progress))
     decoded = len(times.stamps) - 2
     found: Found = {
         "prefill_tokens_per_second": prompt / statistics.median(seconds),
@@ -273,7 +273,8 @@ def _speed(model: Any, prompt: int, new: int, progress: Progress) -> Found:
     return found
 
 
-def _generate(model: Any, ids: Any, new: int, times: "Times") -> "Times":
+def generated(model: Any, ids: Any, new: int, times: "Times") -> "Times":
+    """``new`` greedy tokens after ``ids`` ``[1, length]``, whatever they say; their times."""
     import torch
 
     with torch.inference_mode():

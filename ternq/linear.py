@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ternq import absmean, billm, grid, processes, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
-from ternq.recipe import Scheme, Ste
+from ternq.recipe import NOT_TERNARY, Scheme, Ste
 
 
 class TernaryLinear(nn.Linear):
@@ -279,7 +279,7 @@ class RoundedLinear(nn.Linear):
 
 def layer_class(scheme: Scheme) -> type[Any]:
     """The layer of a scheme's method."""
-    if scheme.method in ("rtn", "gptq", "billm"):
+    if scheme.method in NOT_TERNARY:
         return RoundedLinear
     return AbsmeanLinear if scheme.method == "absmean" else TernaryLinear
 

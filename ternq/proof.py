@@ -207,7 +207,7 @@ def _compare_logits(source: Source, folder: Path, written: Written) -> float | N
         raise VerificationError(f"The artefact cannot be loaded: {error.message}") from error
     ids = _probe(again)
     with kernels.using("torch"):  # what is proved is the file; kernels have tests of their own
-        packed, rounded = _logits(again, ids), _logits(_dense(again), ids)
+        packed, rounded = _logits(again, ids), _logits(dense(again), ids)
     del again
     if not _max_abs(packed - rounded) <= ROUNDED_TOLERANCE * _max_abs(rounded):
         raise VerificationError(
@@ -253,7 +253,7 @@ def _max_abs(values: Tensor) -> float:
     return float(values.abs().max())
 
 
-def _dense(model: nn.Module) -> nn.Module:
+def dense(model: nn.Module) -> nn.Module:
     """The same model with torch's own layers in the place of the packed ones."""
     hf.undo_int8(model)
     for name, layer in packed_layers(model).items():

@@ -27,6 +27,7 @@ Latent = Literal["float32", "bfloat16"]
 TeacherDtype = Literal["float32", "bfloat16", "int8"]
 Method = Literal["dlt", "rtn", "gptq", "absmean", "twn", "pt2", "billm", "float"]
 BASELINES = ("rtn", "gptq", "absmean", "twn", "pt2", "billm")  # ternarize only rounds by them
+NOT_TERNARY = ("rtn", "gptq", "billm")  # those of them that make other layers than ternary ones
 BITS = (2, 3, 4, 8)
 Grid = Literal["minmax", "mse", "fit"]
 PRESETS: dict[str, dict[str, Any]] = {

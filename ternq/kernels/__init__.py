@@ -189,7 +189,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("ternq::matmul", "CPU")
+@torch.library.impl("ternq::matmul", ("CPU", "CUDA"))
 def _matmul(
     x: Tensor,
     words: Tensor,
@@ -200,25 +200,9 @@ def _matmul(
     shifted: bool,
     act: Act,
 ) -> Tensor:
-    weight = PackedWeight(words, None, None, rows, columns, group_size, shifted, "words")
-    return _native().matmul(x, weight, bias, act)
-
-
-@torch.library.impl("ternq::matmul", "CUDA")
-def _matmul_on_gpu(
-    x: Tensor,
-    words: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-    group_size: int,
-    shifted: bool,
-    act: Act,
-) -> Tensor:
-    from ternq.kernels import gpu
-
-    weight = PackedWeight(words, None, None, rows, columns, group_size, shifted, gpu.LAYOUT)
-    return gpu.matmul(x, weight, bias)
+    layout = "words" if words.device.type == "cpu" else "triton"
+    weight = PackedWeight(words, None, None, rows, columns, group_size, shifted, layout)
+    return _product(x, weight, bias, act)
 
 
 @torch.library.register_fake("ternq::matmul")  # type: ignore[untyped-decorator]

@@ -4,18 +4,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "internal.h"
-
 #define TARGET __attribute__((target("avx2,fma,f16c")))
+
+#include "internal.h"
 
 /* Keeps the compiler from gathering many additions and spilling their operands. */
 #define KEEP(a) __asm__("" : "+x"(a))
-
-/* Memory answers late: without this a third of the speed is lost. */
-INLINE void fetch_ahead(const uint8_t *word) {
-    _mm_prefetch((const char *)word + NEAR, _MM_HINT_T0);
-    _mm_prefetch((const char *)word + FAR, _MM_HINT_T1);
-}
 
 TARGET INLINE __m256i four(const int8_t *q) { /* four activations for every row */
     int32_t bits;
@@ -175,19 +169,7 @@ TARGET INLINE void many_tokens(const ternq_shape *s, const uint8_t *block, const
     }
 }
 
-TARGET static void multiply(const ternq_shape *s, const uint8_t *block, const ternq_rounded *x,
-                            int64_t first, int64_t tokens, float (*out)[ROWS]) {
-    if (tokens == 1 && x->planes == 1) one_token(s, block, x, first, out[0], 1);
-    else if (tokens == 1) one_token(s, block, x, first, out[0], 2);
-    else if (x->planes == 1) many_tokens(s, block, x, first, tokens, out, 1);
-    else many_tokens(s, block, x, first, tokens, out, 2);
-}
-
-TARGET static void round_wide(const float *x, int width, int8_t *high, int8_t *low, int planes,
-                              ternq_segment *segment) {
-    if (planes == 2) round_segment(x, width, high, low, 2, segment);
-    else round_segment(x, width, high, low, 1, segment);
-}
+#include "x86.h"
 
 const ternq_kernel ternq_avx2 = {"avx2", 4, multiply, round_wide};
 

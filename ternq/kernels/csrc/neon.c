@@ -4,13 +4,13 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include "internal.h"
-
 #if defined(__clang__)
 #define TARGET __attribute__((target("dotprod")))
 #else
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
+
+#include "internal.h"
 
 TARGET INLINE float32x4_t halves(const uint8_t *from) {
     uint16x4_t bits;
@@ -77,12 +77,6 @@ TARGET static void multiply(const ternq_shape *s, const uint8_t *block, const te
                 segment_tile(s, block, g, before, words, segment, x, first + t, 1, out + t);
             before += words, segment++;
         }
-}
-
-TARGET static void round_wide(const float *x, int width, int8_t *high, int8_t *low, int planes,
-                              ternq_segment *segment) {
-    if (planes == 2) round_segment(x, width, high, low, 2, segment);
-    else round_segment(x, width, high, low, 1, segment);
 }
 
 const ternq_kernel ternq_neon = {"neon", 4, multiply, round_wide};
