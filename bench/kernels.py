@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -231,9 +232,12 @@ def burst(job: Job) -> float:
 def measure(named: dict[str, Job | None]) -> dict[str, float | None]:
     """Median seconds a call, in turns."""
     times: dict[str, list[float]] = {name: [] for name, job in named.items() if job}
+    order = random.Random(0)
     for turn in range(args.rounds + 1):
-        for name, job in named.items():
-            if job is not None:
+        names = list(times)
+        order.shuffle(names)  # nobody always finds the caches as the same neighbour left them
+        for name in names:
+            if (job := named[name]) is not None:
                 spent = burst(job)
                 times[name] += [spent] if turn else []  # the first turn warms up
     return {n: statistics.median(times[n]) if n in times else None for n in named}

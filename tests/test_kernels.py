@@ -147,12 +147,12 @@ def test_any_shape(
         assert ours is theirs is None or torch.equal(ours, theirs)
     assert torch.equal(lib.dense(form), packed.dequantized())
     x = normal(tokens, columns, seed=seed)
-    most = packed.dequantized().double().abs() @ x.abs().amax(0).double()  # of rounding, per row
+    most = packed.dequantized().double().abs().sum(1) * float(x.abs().max())
     wanted = product(x, packed)
     for name in ISAS:
         if lib.use_isa(name):
             difference = (lib.matmul(x, form).double() - wanted).abs()
-            assert bool((difference <= 5e-5 * most + 1e-6).all()), name
+            assert bool((difference <= 2e-5 * most + 1e-6).all()), name
     lib.use_isa(None)
 
 

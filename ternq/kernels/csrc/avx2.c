@@ -47,12 +47,12 @@ TARGET INLINE __m256 add_segment(__m256 out, __m256i dot, __m256 scale, __m256 s
 /* Dot products of 8 rows with a segment of one token. Fields 1 and 3 are masked where they stand, 4
  * times too large: 16 sums of 2 * 8 * 128 just fit in an int16. */
 TARGET INLINE __m256i half_dot(const uint8_t *word, int64_t words, const int8_t *q, int64_t plane,
-                               int planes) {
+                               int planes, int ahead) {
     const __m256i even = _mm256_set1_epi8(0x03), odd = _mm256_set1_epi8(0x0c);
     __m256i a[2][2];
     for (int p = 0; p < planes; p++) a[p][0] = a[p][1] = _mm256_setzero_si256();
     for (int64_t i = 0; i < words; i++, word += WORD, q += 16) {
-        fetch_ahead(word);
+        if (ahead) fetch_ahead(word);
         const __m256i v = half_word(word), w = _mm256_srli_epi16(v, 4);
         const __m256i f0 = _mm256_and_si256(v, even), f1 = _mm256_and_si256(v, odd);
         const __m256i f2 = _mm256_and_si256(w, even), f3 = _mm256_and_si256(w, odd);
@@ -88,8 +88,8 @@ TARGET INLINE void one_token(const ternq_shape *s, const uint8_t *block, const t
             for (int h = 0; h < 2; h++) {
                 const uint8_t *half = word + WORD / 2 * h;
                 const __m256i dot = words == SEGMENT_WORDS
-                                        ? half_dot(half, SEGMENT_WORDS, q, plane, planes)
-                                        : half_dot(half, words, q, plane, planes);
+                                        ? half_dot(half, SEGMENT_WORDS, q, plane, planes, h == 0)
+                                        : half_dot(half, words, q, plane, planes, h == 0);
                 total[h] = add_segment(total[h], dot, halves(scale + 16 * h), halves(shift + 16 * h),
                                        s->has_shift, at);
             }

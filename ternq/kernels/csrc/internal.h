@@ -17,7 +17,7 @@ enum {
     SEGMENT = 128,         /* columns that share a rounding of activations; int16 sums hold as many */
     SEGMENT_WORDS = SEGMENT / 16,
     CHUNK = 128,           /* tokens that are multiplied in one go */
-    NEAR = 1024, FAR = 8192, /* bytes that are fetched ahead, into the first and second cache */
+    NEAR = 2048, FAR = 8192, /* bytes that are fetched ahead, into the first and second cache */
 };
 
 #define INLINE static inline __attribute__((always_inline))

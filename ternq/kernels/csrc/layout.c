@@ -171,32 +171,44 @@ int ternq_restore(const ternq_matrix *w, uint8_t *base3, uint16_t *scale, uint16
 
 /* --- numbers --------------------------------------------------------------------------------------- */
 
+/* Puts one of three values, of 16 or 32 bits, for every code + 1; without branches, for speed. */
+#define PUT_VALUES(type)                                                                          \
+    static void put_##type(const uint8_t *codes, int64_t n, const void *three, void *out) {       \
+        type v[3], *to = out;                                                                     \
+        memcpy(v, three, sizeof v);                                                               \
+        const type low = v[0] ^ v[1], high = v[2] ^ v[1];                                         \
+        for (int64_t c = 0; c < n; c++)                                                           \
+            to[c] = (type)(v[1] ^ (low & -(type)(codes[c] == 0)) ^ (high & -(type)(codes[c] == 2))); \
+    }
+PUT_VALUES(uint16_t)
+PUT_VALUES(uint32_t)
+
 static int dense_block(int64_t block, const void *given) {
     const layout_task *task = given;
     const ternq_shape *s = task->s;
     const uint8_t *data = task->data + block * s->stride;
-    float *row = malloc((size_t)s->columns * (sizeof(float) + 1));
-    if (!row) return TERNQ_MEMORY;
-    uint8_t *codes = (uint8_t *)(row + s->columns);
-    size_t bytes = ternq_size_of(task->dtype) * (size_t)s->columns;
-    int64_t last = min64(task->last, (block + 1) * ROWS);
-    for (int64_t r = block * ROWS < task->first ? task->first : block * ROWS; r < last; r++) {
-        read_row(s, data + s->header, r % ROWS, codes);
+    uint8_t *codes = malloc((size_t)s->columns);
+    if (!codes) return TERNQ_MEMORY;
+    const int64_t size = (int64_t)ternq_size_of(task->dtype);
+    const int64_t last = min64(task->last, (block + 1) * ROWS);
+    for (int64_t row = block * ROWS < task->first ? task->first : block * ROWS; row < last; row++) {
+        const int64_t r = row % ROWS;
+        char *out = (char *)task->out + (row - task->first) * s->columns * size;
+        read_row(s, data + s->header, r, codes);
         for (int64_t g = 0; g < s->groups; g++) {
             uint16_t half[2] = {0, 0};
-            memcpy(half, data + 2 * (g * ROWS + r % ROWS), 2);
-            if (s->has_shift) memcpy(half + 1, data + 2 * ((s->groups + g) * ROWS + r % ROWS), 2);
-            float scale = ternq_half(half[0]), shift = ternq_half(half[1]);
-            int64_t from = g * s->group, to = from + group_width(s, g);
-            if (s->has_shift)
-                for (int64_t c = from; c < to; c++) row[c] = (float)(codes[c] - 1) * scale + shift;
-            else
-                for (int64_t c = from; c < to; c++) row[c] = (float)(codes[c] - 1) * scale;
+            memcpy(half, data + 2 * (g * ROWS + r), 2);
+            if (s->has_shift) memcpy(half + 1, data + 2 * ((s->groups + g) * ROWS + r), 2);
+            const float scale = ternq_half(half[0]), shift = ternq_half(half[1]);
+            const float values[3] = {s->has_shift ? shift - scale : -scale, shift, scale + shift};
+            float three[3];
+            ternq_from_float(values, three, 3, task->dtype);
+            void *to = out + g * s->group * size;
+            if (size == 2) put_uint16_t(codes + g * s->group, group_width(s, g), three, to);
+            else put_uint32_t(codes + g * s->group, group_width(s, g), three, to);
         }
-        ternq_from_float(row, (char *)task->out + bytes * (size_t)(r - task->first), s->columns,
-                         task->dtype);
     }
-    free(row);
+    free(codes);
     return 0;
 }
 

@@ -304,7 +304,8 @@ int ternq_linear(const ternq_matrix *w, const void *x, int64_t n, void *y, const
     if (n == 0 || s.rows == 0) return 0;
     int planes = act == TERNQ_EXACT ? 2 : 1;
     int64_t most = min64(n, CHUNK);
-    size_t q = (size_t)(most * s.words * 16 * planes), of_segments = (size_t)(most * s.segments) * sizeof(ternq_segment);
+    size_t q = (size_t)(most * s.words * 16 * planes);
+    size_t of_segments = (size_t)(most * s.segments) * sizeof(ternq_segment);
     size_t of_bias = bias ? (size_t)s.rows * 4 : 0;
     char *room = malloc(q + of_segments + of_bias + CHUNK); /* parts stay aligned to 4 */
     if (!room) return TERNQ_MEMORY;
