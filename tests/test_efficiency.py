@@ -166,7 +166,7 @@ def test_want_of_memory_is_a_resource(error: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="there the starting process counts")
 def test_the_largest_size_is_not_that_of_the_process_that_started_it() -> None:
     ballast = b"1" * 500_000_000
-    program = "from ternq.efficiency import _peak, _resident; print(_resident(), _peak())"
+    program = "from ternq.efficiency import _peak, resident; print(resident(), _peak())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     resident, peak = map(int, done.stdout.split())
     assert 0 < resident <= peak + 2**20 < len(ballast)
