@@ -51,29 +51,29 @@ def resident() -> int:
 
 
 def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple[int, Round]:
-    import gc
-
     import torch
     from transformers import AutoTokenizer
 
     from ternq import hf
+    from ternq.decoder import give_back, load_dtype
     from ternq.proof import dense
     from ternq.recipe import DEMO_FOLDER
 
     torch.set_num_threads(threads)
     hf.skeleton(DEMO_FOLDER)
-    AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    give_back()
     before = resident()
+    del tokenizer
     native = engine.startswith("native")
-    stored = hf.dtype_of(hf.blueprint(model, offline=True)) if native else None
-    loaded = hf.load(model, dtype=stored, offline=True).model
+    loaded = hf.load(model, dtype=load_dtype if native else None, offline=True).model
     vocabulary = loaded.config.vocab_size
     ids = torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(0))
     if native:
         return before, _native(loaded, ids.tolist(), new, engine == "native-int8")
     if engine == "dense":
         dense(loaded)
-        gc.collect()
+    give_back()
     return before, _transformers(loaded, ids.unsqueeze(0), new)
 
 

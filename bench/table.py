@@ -70,15 +70,19 @@ class Row:
 
     @property
     def key(self) -> list[Any]:
-        """The settings that it is known by."""
-        return [self.name, [[part for part in c if part != str(self.out)] for c in self.commands]]
+        """The settings that it is known by, whatever the folders are called."""
+        return [self.name, [[_short(part) for part in c] for c in self.commands]]
+
+
+def _short(part: str) -> str:
+    return "/".join(Path(part).parts[-2:]) if Path(part).is_absolute() else part
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Every row, the cheap ones first."""
     yield Row(FULL)
-    text = ["--data", str(args.data), "--offline", "--json", "-q", "--device",
-            args.device]  # fmt: skip
+    text = [*(part for text in args.data for part in ("--data", text)),
+            "--offline", "--json", "-q", "--device", args.device]  # fmt: skip
     usual = [*text, "--calibration", str(args.calibration)]
     group = ["--group-size", str(args.group_size)]
     for name, options in BASELINES.items():
@@ -104,7 +108,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _place(args: argparse.Namespace, name: str, options: list[str]) -> Path:
-    said = json.dumps([args.inputs, options]).encode()
+    said = json.dumps([args.inputs, [_short(part) for part in options]]).encode()
     short = "".join(c if c.isalnum() else "-" for c in name.lower())
     return Path(args.work / f"{short}-{hashlib.sha256(said).hexdigest()[:8]}")
 
@@ -128,7 +132,8 @@ def make(row: Row) -> float:
 
 def perplexities(model: str, jobs: list[Job], args: argparse.Namespace) -> dict[str, Any]:
     """Token perplexity of every text, of all its blocks or the first of them."""
-    loaded = hf.load(model, device=args.device, dtype=torch.float32, offline=True)
+    dtype = getattr(torch, args.dtype)
+    loaded = hf.load(model, device=args.device, dtype=dtype, offline=True)
     length = min(BLOCK, hf.max_length(loaded.model))
     found = {}
     for job in jobs:
@@ -160,12 +165,13 @@ def measured(row: Row, jobs: list[Job], args: argparse.Namespace) -> dict[str, A
         "key": row.key,
         "inputs": args.inputs,
         "blocks": args.blocks,
+        "dtype": args.dtype,
         "results": perplexities(model, jobs, args),
         "bpw_linear": weights_of(row)["bpw_linear"],
         "tokens": row.tokens,
         "minutes": round(seconds / 60, 1),
         "calibration": [args.calibration, 256],
-        "data": args.data.name,
+        "data": [_short(text) for text in args.data],
         "version": ternq.__version__,
         "torch": torch.__version__,
     }
@@ -186,6 +192,8 @@ def kept(args: argparse.Namespace, kind: str, row: Row) -> dict[str, Any] | None
     """The line of the file that stands for a row."""
     blocks = args.blocks if kind == "perplexity" else [args.zero_shot, args.limit]
     same = {"kind": kind, "key": row.key, "inputs": args.inputs, "blocks": blocks}
+    if kind == "perplexity":
+        same["dtype"] = args.dtype
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     found = [line for line in map(json.loads, lines) if same.items() <= line.items()]
     return found[-1] if found else None
@@ -250,7 +258,8 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True, help="Text to calibrate and train on.")
+    parser.add_argument("--data", nargs="+", required=True,
+                        help="Text to calibrate and train on: FILE or FILE=WEIGHT.")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, required=True, help="What is measured on.")
     parser.add_argument("--work", type=Path, required=True, help="Where models are kept.")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines.")
@@ -265,11 +274,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--zero-shot", help="Tasks of lm-eval, with commas.")
     parser.add_argument("--limit", type=int, help="Documents of each; partial.")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="In which perplexity is measured.")
     args = parser.parse_args()
+    args.work = args.work.resolve()
     path = hf.local_path(args.model)
     files = sorted(path.glob("*.safetensors")) if path and path.is_dir() else [path]
     hashes = [sha256(file) for file in files if file]
-    args.inputs = {"model": display_name(args.model), "sha256": hashes, "data": sha256(args.data)}
+    data = [sha256(Path(text.partition("=")[0])) for text in args.data]
+    args.inputs = {"model": display_name(args.model), "sha256": hashes, "data": data}
     return args
 
 

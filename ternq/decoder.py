@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import kernels
+from ternq import hf, kernels
 from ternq.errors import ResourceError
 from ternq.kernels import native
 from ternq.kernels.packed import PackedWeight
 from ternq.linear import packed_layers
-from ternq.modeling_ternq import Int8, PackedLinear
+from ternq.modeling_ternq import METHOD, Int8, PackedLinear
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length
@@ -77,6 +77,16 @@ class _Model(ctypes.Structure):
     ]
 
 
+def load_dtype(config: Any) -> torch.dtype | None:
+    """The type to load a model in that `Decoder` will run; None where it will not.
+
+    It takes less memory than float32, in which the decoder computes all the same.
+    """
+    kinds = getattr(config, "architectures", None) or ()
+    runs = hf.quantized_by(config) == METHOD and set(kinds) & set(ARCHITECTURES)
+    return hf.dtype_of(config) if runs else None
+
+
 def obstacle(model: Any, context: int) -> str | None:
     """Why `Decoder` cannot run a model for so many positions, as a clause; None if it can."""
     config, kind = model.config, type(model).__name__
@@ -87,6 +97,8 @@ def obstacle(model: Any, context: int) -> str | None:
     rope = config.rope_parameters["rope_type"]
     if rope not in ROPES:
         return f"its rotary positions are '{rope}'"
+    if 2 * model.model.rotary_emb.inv_freq.numel() != model.model.layers[0].self_attn.head_dim:
+        return "only a part of each head is rotated"
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is '{config.hidden_act}'"
     window = getattr(config, "sliding_window", None)
@@ -105,14 +117,19 @@ def leave_file(model: Any) -> None:
     """Convert packed layers, copy what is mapped from the model's file, and give the rest back.
 
     Loading maps the file whole: while one tensor lies in it, so do the packed layers, which are
-    read no more. And what was freed on the way stays in the process until the C library is asked.
+    read no more.
     """
     for layer in packed_layers(model).values():
         layer.prepare()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    give_back()
+
+
+def give_back() -> None:
+    """Have the C library give back what was freed, where it is glibc: it keeps much of it else."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
@@ -151,8 +168,11 @@ class Decoder:
         is overwritten by the next call.
 
         Raises:
-            ValueError: no ids, ids that the model does not have, or too many for the cache.
+            ValueError: no ids, ids that the model does not have, or too many for the cache; or the
+                decoder was closed.
         """
+        if not self._self:
+            raise ValueError("the decoder was closed")
         array = (ctypes.c_int64 * len(ids))(*ids)
         status = self._native.library.ternq_decoder_step(
             self._self, array, len(ids), position, self._act, self._logits.data_ptr()

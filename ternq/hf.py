@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ class Loaded:
 def load(
     model: str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Callable[[Any], torch.dtype | None] | None = None,
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -73,7 +73,8 @@ def load(
 ) -> Loaded:
     """Load a causal language model of any kind, in evaluation mode.
 
-    ``dtype`` defaults to float32 on the CPU and to the checkpoint's own elsewhere.
+    ``dtype`` defaults to float32 on the CPU and to the checkpoint's own elsewhere; a function says
+    it of the configuration.
 
     Raises:
         InputError: it is missing, damaged, not a causal language model, quantized by another
@@ -91,6 +92,8 @@ def load(
     with _of_artefact(path), _in_words(model, offline):
         config = _config(model, where, options)
         own = getattr(config, "dtype", None)
+        if callable(dtype):
+            dtype = dtype(config)
         if dtype is None:
             dtype = torch.float32 if device == "cpu" or own is None else own
         loaded, tokenizer = _weights(model, where, options, config, dtype)
@@ -345,9 +348,9 @@ def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = Fa
     return Blueprint(config, scheme, scheme is None and "gguf_file" not in options)
 
 
-def dtype_of(built: Blueprint) -> torch.dtype:
+def dtype_of(config: Any) -> torch.dtype:
     """The type that a configuration names for its weights; float32 if it names none."""
-    found = getattr(built.config, "dtype", None)
+    found = getattr(config, "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
 
 

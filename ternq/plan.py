@@ -65,7 +65,7 @@ def plan(
         student, selection = student_of(
             built(), built.scheme or recipe.scheme, recipe.training, built()
         )
-    weights = weights_summary(student, stored_dtype(hf.dtype_of(built)))
+    weights = weights_summary(student, stored_dtype(hf.dtype_of(built.config)))
     disk, free = _disk(weights, counted, recipe), checkpoint.free_disk(out)
     found: dict[str, Any] = {
         "model": model,

@@ -128,6 +128,8 @@ def test_the_whole_context_and_no_more(llama: Any) -> None:
                 decoder.logits(bad, position)
         assert close(decoder.logits(ids.tolist(), 0), forward(llama, ids)[-1])
     decoder.close()
+    with pytest.raises(ValueError, match="closed"):
+        decoder.logits([1], 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -159,7 +161,7 @@ def test_what_is_not_finite_is_not_hidden(tmp_path: Path) -> None:
         assert bool(decoder.logits([1, 2], 0).isnan().all())
 
 
-def test_what_cannot_be_run_is_said(llama: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_said(tmp_path: Path) -> None:
     window = packed(tmp_path / "window", "mistral")
     window.config.sliding_window = 16
     assert obstacle(window, 16) is None
@@ -168,9 +170,11 @@ def test_what_cannot_be_run_is_said(llama: Any, tmp_path: Path) -> None:
     assert "not ternary" in str(obstacle(dense, 16))
     dense.config.rope_parameters["rope_type"] = "dynamic"
     assert "dynamic" in str(obstacle(dense, 16))
-    dense.config.hidden_act = "gelu"
     dense.config.rope_parameters["rope_type"] = "default"
+    dense.config.hidden_act = "gelu"
     assert "gelu" in str(obstacle(dense, 16))
+    dense.model.rotary_emb.inv_freq = dense.model.rotary_emb.inv_freq[:4]
+    assert "part" in str(obstacle(dense, 16))
 
 
 @pytest.mark.slow

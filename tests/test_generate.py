@@ -97,7 +97,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[hf.Loaded], objec
 
 def obstructed(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on every model goes through transformers."""
-    monkeypatch.setattr("ternq.decoder.obstacle", lambda *_: "a test says so")
+    monkeypatch.setattr("ternq.engines.obstacle", lambda *_: "a test says so")
 
 
 @pytest.mark.parametrize("native", [True, False])
