@@ -19,11 +19,11 @@ from torch import Tensor
 from ternq import billm, grid, hf, processes, pt2
 from ternq.calibrate import Found, Layer, compensated_start, put
 from ternq.compensate import Compensated, compensate
-from ternq.distill import Prepared, as_made, perplexity
 from ternq.errors import InputError, RecipeError
 from ternq.formats import Options
 from ternq.grid import Rounded
 from ternq.linear import RoundedLinear, TernaryLinear, rounded_layers
+from ternq.prepared import Prepared, as_made, perplexity
 from ternq.progress import Event, Progress
 from ternq.recipe import NOT_TERNARY, Recipe, Scheme
 from ternq.source import Source, of_rounded

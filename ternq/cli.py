@@ -369,6 +369,7 @@ def evaluate(
     no_cache: Annotated[
         bool, options.option("--no-cache", help="Measure anew what was measured before.")
     ] = False,
+    int8_activations: options.Int8Activations = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -397,6 +398,7 @@ def evaluate(
         batch_size=batch_size,
         chat=apply_chat_template,
         data_dir=data_dir,
+        int8_activations=int8_activations,
         seed=seed or 0,
         dtype=_dtype(dtype),
         cache=None if no_cache else default_folder(),
@@ -443,10 +445,7 @@ def generate(
             "--top-p", metavar="P", help="Draw from the likeliest that have the probability P."
         ),
     ] = 1.0,
-    int8_activations: Annotated[
-        bool,
-        options.option("--int8-activations", help="Round activations to 8 bits, not 16."),
-    ] = False,
+    int8_activations: options.Int8Activations = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,

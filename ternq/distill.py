@@ -6,62 +6,25 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import ternq
-from ternq import budget, checkpoint, hf, optimize, processes, runs, scratch, snapshots, trackers
-from ternq import corpus as corpora
+from ternq import budget, checkpoint, hf, processes, runs, scratch, snapshots, trackers
 from ternq.calibrate import compensated_start
-from ternq.errors import InputError, RecipeError
-from ternq.frozen import arrange, fold, made_on_host, plain_state
-from ternq.linear import (
-    AbsmeanLinear,
-    Selection,
-    TernaryLinear,
-    decoder_blocks,
-    group_rule,
-    packed_layers,
-    prepare,
-    ternary_layers,
-)
-from ternq.perplexity import BLOCK, token_perplexity
+from ternq.errors import RecipeError
+from ternq.frozen import fold, plain_state
+from ternq.prepared import Prepared, as_made, fitting, perplexity, prepare_run
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Scheme, refuse_rounding
+from ternq.recipe import Recipe, refuse_rounding
 from ternq.reconstruct import rows_at_once
 from ternq.runs import REPORT
-from ternq.student import student_of
 from ternq.teacher import CachedTeacher, TeacherCache, cached_teacher
 from ternq.train import Trainer, has_bf16
 from ternq.weights import stored_dtype, weights_summary
-
-
-@dataclass
-class Prepared:
-    """Everything the loop needs, checked; nothing is trained or written yet."""
-
-    recipe: Recipe
-    teacher: hf.Loaded | None  # None: learns from text alone
-    student: hf.Loaded
-    selection: Selection
-    corpus: corpora.Corpus
-    notes: list[str]
-    teacher_weights: str  # their fingerprint
-    dense: bool = True  # what is trained was; else it was ternary already
-    device: str = "cpu"  # that it is trained on
-
-    def settle(self) -> None:
-        """Have weights held as training holds them, and where."""
-        pair = [loaded.model for loaded in (self.student, self.teacher) if loaded is not None]
-        self.selection.chosen.clear()  # dense layers, which are to go
-        arrange(pair[0], self.recipe.training, self.recipe.seed, *pair[1:])
-        for model in pair:
-            model.to(self.device)
 
 
 def distill(
@@ -214,222 +177,6 @@ def _open(
         runs.begin(out, prepared.recipe, student, identity, specs, licence)
 
 
-def prepare_run(
-    model: str,
-    recipe: Recipe,
-    *,
-    teacher: str | None = None,
-    device: str = "cpu",
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = ignore,
-    cache: Path | None = None,
-    record: dict[str, Any] | None = None,
-    open_text: bool = True,
-    notes: Sequence[str] = (),
-) -> Prepared:
-    """Load teacher and student, put the ternary layers in, choose strategy and text.
-
-    The recipe has been through `fitting`, which said ``notes``.
-    ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
-    memory and network say now.
-    """
-    optimize.refuse(recipe.training, device)
-    if device == "cpu":
-        torch.manual_seed(recipe.seed)
-    options: dict[str, Any] = {
-        "device": "cpu" if made_on_host(recipe.training, device) else device,
-        "offline": offline,
-        "trust_remote_code": trust_remote_code,
-    }
-    notes = list(notes)
-    if recipe.training.from_scratch:
-        base = hf.drawn(model, recipe.seed, progress=progress, **options)
-    else:
-        base = hf.load(model, dtype=torch.float32, progress=progress, **options)
-    refuse_own_code(base)
-    big: hf.Loaded | None
-    if base.kind == "dense":
-        recipe = replace(recipe, scheme=scratch.settle(base.model, recipe.scheme, notes))
-    if recipe.training.from_scratch:
-        big = None if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
-        student, selection = base, prepare(base.model, recipe.scheme, recipe.training.ste)
-    elif base.kind == "dense":
-        big = base if teacher is None else hf.load(teacher, dtype=torch.float32, **options)
-        pupil, selection = student_of(base.model, recipe.scheme, recipe.training)
-        student = replace(base, model=pupil)
-    else:
-        alone = recipe.training.objective == "ce" and _recorded_base(base) is None
-        big, student = None if alone else _from_ternary(base, teacher, options), base
-        selection, recipe = _selection_of(student, recipe)
-        if recipe.training.start != "closed-form":
-            notes.append("Start: the codes that the model has; --start is for dense models.")
-    if big is not None:
-        _same_shape(big, student)
-        big.model.requires_grad_(False)
-    rule = group_rule(selection, recipe.scheme.group_size)
-    if rule and recipe.scheme.method != "absmean":
-        notes.append(rule)
-    recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
-    taught = "" if big is None else recipe.base if big is base else hf.fingerprint(big.model)
-    writer = big or student
-    specs, note = text_of(writer, recipe.training.data, record, offline)
-    notes += [note] if note else []
-    if recipe.training.cache_teacher and recipe.training.off:
-        notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
-    if recipe.training.teacher_dtype != "float32":
-        held = recipe.training.teacher_dtype
-        notes.append(f"Teacher: its layers are held in {held}, and so it is measured.")
-    for note in notes:
-        progress(Event("plan", note))
-    if big is None:
-        scratch.refuse_own_text(specs)
-    if not open_text and corpora.has_own_text(specs):
-        text = corpora.unwritten(specs)
-    else:
-        whole = recipe
-        text = processes.main_first(
-            lambda: corpora.corpus(
-                writer, whole, specs, offline=offline, progress=progress, cache=cache
-            )
-        )
-    dense = base.kind == "dense"
-    return Prepared(recipe, big, student, selection, text, notes, taught, dense, device)
-
-
-def refuse_own_code(base: hf.Loaded) -> None:
-    """`InputError` for a model whose code could not go with what is packed."""
-    if "auto_map" in vars(base.model.config):
-        raise InputError(f"'{base.source}' brings its own code, which ternq cannot pack yet.")
-
-
-def text_of(
-    writer: hf.Loaded, asked: tuple[str, ...], record: dict[str, Any] | None, offline: bool
-) -> tuple[tuple[str, ...], str | None]:
-    """The text to train on, and what is to be said of it; of a run that was begun, as it was."""
-    if record is not None and not asked:
-        return tuple(record.get("data", ())), None
-    return processes.from_main(lambda: corpora.choose(writer, asked, offline))
-
-
-def fitting(
-    built: hf.Blueprint,
-    recipe: Recipe,
-    device: str,
-    memory: int | None = None,
-    record: dict[str, Any] | None = None,
-    by_blocks: bool = False,
-    exact: bool = False,
-) -> tuple[Recipe, budget.Memory | None, list[str]]:
-    """The recipe with the strategy that fits, and no more positions than the model has.
-
-    Nothing is loaded for it. ``by_blocks``: going block by block is one of them; ``exact``: memory
-    is counted even where there is plenty. ``memory`` are bytes, by default what the device has
-    free. Returns the memory counted for it (None where ``record`` has the strategy), and what was
-    chosen in words.
-    """
-    training, notes = recipe.training, []
-    longest = hf.max_length(built)
-    if training.sequence_length > longest:
-        notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
-        training = replace(training, sequence_length=longest)
-    counted = None
-    if recipe.only_rounds:
-        counted, why = budget.rounding(built, training, device, memory)
-        notes.append(f"Strategy: {why}.")
-    elif record is None:
-        scheme = built.scheme or recipe.scheme
-        by_blocks = by_blocks and built.by_blocks
-        training, counted, why = budget.choose(
-            built, scheme, training, device, memory, by_blocks=by_blocks, exact=exact
-        )
-        notes.append(f"Strategy: {why}.")
-    else:
-        then = Recipe.from_json(record["recipe"]).training
-        training = replace(
-            training,
-            micro_batch_size=training.micro_batch_size or then.micro_batch_size,
-            gradient_checkpointing=training.gradient_checkpointing or then.gradient_checkpointing,
-            train=then.train if training.train == "all" else training.train,
-            teacher_dtype=then.teacher_dtype
-            if training.teacher_dtype == "float32"
-            else training.teacher_dtype,
-            block_by_block=training.block_by_block or then.block_by_block,
-        )
-        notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
-    return replace(recipe, training=training), counted, notes
-
-
-def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any]) -> hf.Loaded:
-    source = teacher or _recorded_base(base)
-    if source is None:
-        raise InputError(
-            f"'{base.source}' is ternary, and does not say what it was made from.",
-            "Name its full-precision teacher with --teacher.",
-        )
-    try:
-        found = hf.load(source, dtype=torch.float32, **options)
-    except InputError as error:
-        hint = "Name the full-precision teacher with --teacher."
-        raise InputError(error.message, hint) from error
-    return found if teacher or found.kind == "dense" else _from_ternary(found, None, options)
-
-
-def _recorded_base(base: hf.Loaded) -> str | None:
-    if base.path is None:
-        return None
-    if base.kind == "run":
-        record = hf.read_run(base.path)
-    elif (base.path / checkpoint.MANIFEST).is_file():
-        record = checkpoint.read_manifest(base.path)
-    else:  # an artefact that was loaded and saved again
-        return None
-    recipe = record.get("recipe", {})
-    if (recipe.get("training") or {}).get("from_scratch"):
-        return None
-    model = recipe.get("model")
-    return model if isinstance(model, str) else None
-
-
-def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe]:
-    """The layers that are ternary already, as layers in training; the scheme is theirs."""
-    hf.undo_int8(student.model)
-    for name, layer in packed_layers(student.model).items():
-        new = TernaryLinear.from_packed(layer, recipe.training.ste)
-        student.model.set_submodule(name, new)
-    layers = ternary_layers(student.model)
-    if hasattr(student.model.config, "quantization_config"):
-        del student.model.config.quantization_config
-    first = next(iter(layers.values()))
-    scheme = Scheme(
-        group_size=first.group_size,
-        shift=first.weight_shift is not None,
-        method="absmean" if isinstance(first, AbsmeanLinear) else "dlt",
-    )
-    if recipe.scheme not in (scheme, Scheme()):
-        raise RecipeError(
-            f"'{student.source}' is ternary already, with --group-size {scheme.group_size} and "
-            f"{'--shift' if scheme.shift else '--no-shift'}; its layers cannot be chosen again.",
-            "Leave --group-size, --shift and --skip out, or start from the dense model.",
-        )
-    return Selection(dict(layers)), replace(recipe, scheme=scheme)
-
-
-def _same_shape(teacher: hf.Loaded, student: hf.Loaded) -> None:
-    a, b = teacher.model, student.model
-    vocabularies = [m.get_output_embeddings().weight.shape[0] for m in (a, b)]
-    if vocabularies[0] != vocabularies[1] or teacher.tokenizer.get_vocab() != (
-        student.tokenizer.get_vocab()
-    ):
-        raise RecipeError(
-            f"Teacher '{teacher.source}' and student '{student.source}' differ in vocabulary."
-        )
-    if len(decoder_blocks(a)[1]) != len(decoder_blocks(b)[1]):
-        raise RecipeError(
-            f"Teacher '{teacher.source}' and student '{student.source}' differ in their blocks."
-        )
-
-
 def train_run(
     prepared: Prepared,
     out: Path,
@@ -447,7 +194,8 @@ def train_run(
     """
     began = time.monotonic()
     recipe, student = prepared.recipe, prepared.student
-    if recipe.training.start != "closed-form" and prepared.dense:
+    _read_on(prepared, record, progress)
+    if recipe.training.calibrated and prepared.dense:
         _compensate(prepared, out, record, progress)
     prepared.settle()
     record |= processes.from_main(lambda: _measured(prepared, record, progress))
@@ -537,18 +285,47 @@ def _cached(prepared: Prepared, trainer: Trainer, out: Path, progress: Progress)
     )
 
 
+def _read_on(prepared: Prepared, record: dict[str, Any], progress: Progress) -> None:
+    """Begin behind the text that was read by the run which the student comes from."""
+    if "text_from" not in record:
+        record["text_from"] = _text_read(prepared)
+    if skipped := record["text_from"]:
+        said = f"Text: goes on behind the {skipped:,} blocks that the model has been trained on."
+        prepared.notes.append(said)
+        progress(Event("plan", said))
+        prepared.corpus.blocks = islice(prepared.corpus.blocks, skipped, None)
+
+
+def _text_read(prepared: Prepared) -> int:
+    """Blocks of this text that a student which is a run has read before; 0 of other text."""
+    student, recipe = prepared.student, prepared.recipe
+    if student.kind != "run" or student.path is None:
+        return 0
+    run = hf.read_run(student.path)
+    before = Recipe.from_json(run["recipe"])
+    own, its = recipe.training, before.training
+    if (list(prepared.corpus.specs), recipe.seed, own.sequence_length) != (
+        run.get("data"),
+        before.seed,
+        its.sequence_length,
+    ):
+        return 0
+    calibrated = its.calibration if "start" in run else 0
+    return int(run.get("text_from", 0) + calibrated + run.get("steps", 0) * its.batch_size)
+
+
 def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress: Progress) -> None:
     """The compensated start, or what an earlier command on this run made of it.
 
-    It is calibrated on the blocks of text that training then begins with.
+    Training reads on behind the blocks that it is calibrated on: it fits those better than other
+    text, so that a training which began with them could only seem to get worse.
     """
-    settings, model, corpus = prepared.recipe.training, prepared.student.model, prepared.corpus
+    settings, model = prepared.recipe.training, prepared.student.model
+    taken = list(islice(prepared.corpus.blocks, settings.calibration))
     path = out / runs.START_FILE
     if "start" in record and path.is_file():
         hf.load_state(model, checkpoint.load_tensors(path), str(path))
         return
-    taken = list(islice(corpus.blocks, settings.calibration))
-    corpus.blocks = chain(taken, corpus.blocks)
     device = next(model.parameters()).device
     reconstructed = settings.start == "reconstructed"
     record["start"] = compensated_start(
@@ -565,51 +342,6 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     if processes.is_main():
         checkpoint.save_tensors(hf.unique_state(model), path)
         checkpoint.write_json(out / hf.RUN_FILE, record)
-
-
-def as_made(prepared: Prepared, steps: int) -> Recipe:
-    """The recipe with what was left to the machine filled in, so that it can be replayed."""
-    recipe = prepared.recipe
-    training = replace(recipe.training, steps=steps, tokens=None, data=prepared.corpus.specs)
-    return replace(recipe, training=training)
-
-
-def perplexity(
-    prepared: Prepared, loaded: hf.Loaded, progress: Progress, who: str
-) -> dict[str, Any]:
-    """Token perplexity on the held-out text, as the contract writes it."""
-    length = min(BLOCK, hf.max_length(loaded.model))
-    measured = token_perplexity(
-        loaded.model, prepared.corpus.held_out, length, progress=progress, stage=f"evaluate {who}"
-    )
-    return described(prepared, measured)
-
-
-def described(prepared: Prepared, measured: dict[str, Any]) -> dict[str, Any]:
-    """What `token_perplexity` found on the held-out text, as the contract writes it."""
-    return {
-        "perplexity": measured["token_perplexity"],
-        "metric": "token_perplexity",
-        "word_perplexity": _per_word(measured, prepared),
-        "text": prepared.corpus.name,
-        "samples": measured["blocks"],
-        "length": measured["block_length"],
-    }
-
-
-def _per_word(measured: dict[str, Any], prepared: Prepared) -> float | None:
-    """The perplexity per word of the same text: token perplexity to the power of tokens per word.
-
-    Words are what lies between white space, as in lm-eval.
-    """
-    ids = prepared.corpus.held_out[: measured["tokens"]]
-    words = len(prepared.student.tokenizer.decode(ids, skip_special_tokens=True).split())
-    if not words:
-        return None
-    try:
-        return float(measured["token_perplexity"] ** (measured["tokens"] / words))
-    except OverflowError:
-        return None
 
 
 def _steps(trainer: Trainer, progress: Progress) -> int:

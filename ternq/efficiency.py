@@ -54,6 +54,7 @@ def measure(
     dtype: Any = None,
     offline: bool = False,
     trust_remote_code: bool = False,
+    int8_activations: bool = False,
     prompt: int = PROMPT,
     new: int = NEW,
     progress: Progress = ignore,
@@ -83,6 +84,7 @@ def measure(
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "offline": offline,
         "trust_remote_code": trust_remote_code,
+        "int8_activations": int8_activations,
         "prompt": prompt,
         "new": new,
     }
@@ -193,6 +195,7 @@ def _measure(
     dtype: str | None,
     offline: bool,
     trust_remote_code: bool,
+    int8_activations: bool,
     prompt: int,
     new: int,
     progress: Progress,
@@ -210,6 +213,7 @@ def _measure(
         device=device,
         offline=offline,
         trust_remote_code=trust_remote_code,
+        int8_activations=int8_activations,
         progress=progress,
     )
     found: Found = {"load_seconds": time.perf_counter() - began}

@@ -48,6 +48,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    int8_activations: bool = False,
     seed: int = 0,
     cache: Path | None = None,
     samples: bool = False,
@@ -60,7 +61,8 @@ def evaluate(
     other task or group of lm-eval, a suite, ``efficiency``, or a local text file or folder;
     ``TASK:METRIC`` takes that metric alone. ``limit`` takes the first documents and blocks only;
     unset, c4's word perplexity takes the first 1000 documents. ``data_dir`` is a folder in the
-    hub's layout, used in place of the hub. ``jobs`` are tasks that `load_jobs` has loaded already.
+    hub's layout, used in place of the hub. ``int8_activations`` is for models that are packed and
+    named, not given loaded. ``jobs`` are tasks that `load_jobs` has loaded already.
 
     ``baseline`` is a model, or a .json file of ``ternq eval --json``: it adds ``comparison``, with
     differences, ratios, flips and, of a model, divergences. ``cache`` is the folder of kept
@@ -77,7 +79,7 @@ def evaluate(
     jobs = jobs or load_jobs((*tasks, *map(str, text)), data_dir, offline, progress)
     if not jobs or not models:
         raise RecipeError("Nothing to evaluate.", "Name a model and a task.")
-    world = World(device, dtype, offline, trust_remote_code)
+    world = World(device, dtype, offline, trust_remote_code, int8_activations)
     subjects = _subjects(models, world, progress)
     reference = next((s for s in subjects if s.name == _name(baseline)), None)
     if reference is None and baseline is not None and stored is None:

@@ -167,7 +167,7 @@ def made_on_host(settings: Training, device: str) -> bool:
     A start that is not the closed form takes passes through the float weights, on the device.
     """
     less = settings.train != "all" or settings.teacher_dtype != "float32"
-    return less and settings.start == "closed-form" and not device.startswith("cpu")
+    return less and not settings.calibrated and not device.startswith("cpu")
 
 
 def arrange(model: nn.Module, settings: Training, seed: int = 0, teacher: Any = None) -> None:

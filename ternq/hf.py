@@ -69,12 +69,13 @@ def load(
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
+    int8_activations: bool = False,
     progress: Progress = ignore,
 ) -> Loaded:
     """Load a causal language model of any kind, in evaluation mode.
 
     ``dtype`` defaults to float32 on the CPU and to the checkpoint's own elsewhere; a function says
-    it of the configuration.
+    it of the configuration. ``int8_activations``: packed layers round them to 8 bits, not 16.
 
     Raises:
         InputError: it is missing, damaged, not a causal language model, quantized by another
@@ -98,7 +99,13 @@ def load(
             dtype = torch.float32 if device == "cpu" or own is None else own
         loaded, tokenizer = _weights(model, where, options, config, dtype)
         _refuse_not_finite(loaded, model)
-    kind: Kind = "packed" if packed_layers(loaded) else "dense"
+    packed = packed_layers(loaded)
+    kind: Kind = "packed" if packed else "dense"
+    if int8_activations and not packed:
+        said = f"Activations of '{model}' are not rounded: it has no packed layers."
+        progress(Event("load", said, level="warning"))
+    for layer in packed.values() if int8_activations else ():
+        layer.act = "int8"
     stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
     return Loaded(
         _to(loaded.eval(), device), tokenizer, display_name(model), model, kind, path, stored

@@ -232,7 +232,8 @@ class Meter:
         """What everything that is kept of a model depends on."""
         if not self._cache.keeps:
             return {}
-        return {"model": subject.identity, "versions": versions(), **self.world}
+        int8 = {"activations": "int8"} if self._world.int8_activations else {}
+        return {"model": subject.identity, "versions": versions(), **self.world, **int8}
 
     @property
     def world(self) -> dict[str, str]:

@@ -45,7 +45,7 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """
     refuse(settings, str(next(student.parameters()).device))
     head = getattr(student, "get_output_embeddings", lambda: None)()
-    scale_lr = settings.lr if settings.scale_lr is None else settings.scale_lr
+    scale_lr = settings.peak_lr if settings.scale_lr is None else settings.scale_lr
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "rest": []}
     seen: set[int] = set()
     for module in student.modules():
@@ -62,7 +62,7 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
             if kind is not None:
                 groups[kind].append(parameter)
     decay = {"weights": settings.weight_decay}
-    rates = {"weights": settings.lr, "scales": scale_lr, "rest": settings.lr}
+    rates = {"weights": settings.peak_lr, "scales": scale_lr, "rest": settings.peak_lr}
     return _adamw(
         [
             {
@@ -125,7 +125,7 @@ def set_rate(
             group["lr"].fill_(group["peak_lr"] * now)
         else:
             group["lr"] = group["peak_lr"] * now
-    return settings.lr * now
+    return settings.peak_lr * now
 
 
 def take_step(

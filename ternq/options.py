@@ -236,6 +236,10 @@ Teacher = Annotated[
     str | None,
     option("--teacher", metavar="MODEL", hidden=True, help="Learn from another model than MODEL."),
 ]
+Int8Activations = Annotated[
+    bool,
+    option("--int8-activations", help="Packed layers round activations to 8 bits, not 16."),
+]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     option(

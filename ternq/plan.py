@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ternq import baseline, budget, checkpoint, distill, hf, scratch
+from ternq import baseline, budget, checkpoint, hf, scratch
 from ternq.corpus import HELD_OUT_TOKENS
 from ternq.linear import rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
+from ternq.prepared import Prepared, fitting, prepare_run
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
 from ternq.samples import PROMPTS, TOKENS
@@ -57,9 +58,7 @@ def plan(
     resident, starting = budget.resident(), budget.age()
     built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
-    recipe, counted, notes = distill.fitting(
-        built, recipe, device, memory, by_blocks=by_blocks, exact=True
-    )
+    recipe, counted, notes = fitting(built, recipe, device, memory, by_blocks=by_blocks, exact=True)
     assert counted is not None, "it is where no run is gone on with"
     with torch.device("meta"):
         student, selection = student_of(
@@ -81,7 +80,7 @@ def plan(
     }
     if memory is None and not recipe.training.block_by_block:
         began = time.monotonic()
-        prepared = distill.prepare_run(
+        prepared = prepare_run(
             model,
             recipe,
             teacher=teacher,
@@ -99,7 +98,7 @@ def plan(
 
 
 def _times(
-    prepared: distill.Prepared, out: Path, starting: float, loading: float, progress: Progress
+    prepared: Prepared, out: Path, starting: float, loading: float, progress: Progress
 ) -> dict[str, Any]:
     """How long the parts of it take, from a few steps and a few pages measured here."""
     progress(Event("plan", "Measuring how fast this machine trains and reads"))
@@ -144,16 +143,16 @@ def _walking(recipe: Recipe, reading: float, rate: float | None) -> float:
     """Seconds that the text of a start takes through the blocks, and their training on it."""
     settings, scheme = recipe.training, recipe.scheme
     tokens = settings.calibration * settings.sequence_length
-    if scheme.method not in baseline.CALIBRATED and settings.start == "closed-form":
+    if scheme.method not in baseline.CALIBRATED and not settings.calibrated:
         return 0.0
     epochs = settings.reconstruction_epochs if settings.start == "reconstructed" else 0
     return WALKS * tokens / reading + epochs * tokens / (rate or reading)
 
 
-def _rounding(prepared: distill.Prepared) -> float:
+def _rounding(prepared: Prepared) -> float:
     """Seconds of rounding all layers by their inputs, from one of each shape."""
     recipe = prepared.recipe
-    if recipe.scheme.method not in baseline.CALIBRATED and recipe.training.start == "closed-form":
+    if recipe.scheme.method not in baseline.CALIBRATED and not recipe.training.calibrated:
         return 0.0
     layers = {**ternary_layers(prepared.student.model), **rounded_layers(prepared.student.model)}
     shapes = Counter(tuple(layer.weight.shape) for layer in layers.values())
@@ -194,5 +193,5 @@ def _disk(weights: dict[str, Any], counted: budget.Memory, recipe: Recipe) -> in
     settings = recipe.training
     student = 4 * weights["parameters"]
     kept = (settings.keep_checkpoints + 1) * (student + counted.counted.optimizer)
-    kept += student if settings.start != "closed-form" else 0
+    kept += student if settings.calibrated else 0
     return int(weights["bytes"] + (weights["bytes"] if settings.block_by_block else kept))

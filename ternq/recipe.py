@@ -30,6 +30,8 @@ BASELINES = ("rtn", "gptq", "absmean", "twn", "pt2", "billm")  # ternarize only 
 NOT_TERNARY = ("rtn", "gptq", "billm")  # those of them that make other layers than ternary ones
 BITS = (2, 3, 4, 8)
 Grid = Literal["minmax", "mse", "fit"]
+USUAL_LR = 1e-3  # moves codes far from where they are: for a start that is poor
+GENTLE_LR = 1e-4  # for codes that fit already, which the usual rate would undo first
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"start": "compensated", "calibration": 32, "tokens": 100_000},
     "balanced": {"start": "reconstructed", "calibration": 64, "reconstruction_epochs": 5,
@@ -93,7 +95,9 @@ class Training:
     batch_size: int = option(4, "Blocks of text in one optimizer step.")
     micro_batch_size: int | None = option(None, "Blocks at once; the rest is accumulated.")
     sequence_length: int = option(256, "Tokens in a block.")
-    lr: float = option(1e-3, "Peak learning rate of the weights.")
+    lr: float | None = option(
+        None, "Peak learning rate of the weights. [default: 1e-3 or, by the start, 1e-4]"
+    )
     scale_lr: float | None = option(None, "Peak rate of scales and shifts. [default: --lr]")
     warmup: float = option(0.05, "Share of the steps spent warming up.")
     weight_decay: float = option(0.0, "AdamW's decay, on the linear weights.")
@@ -102,11 +106,13 @@ class Training:
     kl: float = option(1.0, "Weight of the divergence from the teacher's logits.")
     ce: float = option(0.0, "Weight of the next-token cross-entropy.")
     ste: Ste = option("identity", "Gradient of the rounding: identity, or scale outside the zone.")
-    start: Start = option(
-        "closed-form", "First codes: by threshold, errors compensated, or blocks trained as well."
+    start: Start | None = option(
+        None,
+        "First codes: by threshold, errors compensated, or blocks trained as well. "
+        "[default: reconstructed]",
     )
-    calibration: int = option(32, "Blocks of text for a start that is not the closed form.")
-    reconstruction_epochs: int = option(10, "Passes over that text in which a block is trained.")
+    calibration: int = option(64, "Blocks of text for a start that is not the closed form.")
+    reconstruction_epochs: int = option(5, "Passes over that text in which a block is trained.")
     reconstruction_lr: float = option(1e-3, "Peak learning rate of a block trained by itself.")
     block_by_block: bool = option(
         False, "Only compensate and reconstruct, one block at a time from disk, in little memory."
@@ -173,6 +179,18 @@ class Training:
                 "freezes them, in one byte each.",
                 "Leave --latent out.",
             )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the first codes take text to be found."""
+        return self.start in ("compensated", "reconstructed")
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr``, or what suits the start."""
+        if self.lr is not None:
+            return self.lr
+        return GENTLE_LR if self.start == "reconstructed" else USUAL_LR
 
     def _check_schedule(self) -> None:
         if not 0 <= self.decay_until <= 1:
@@ -266,6 +284,21 @@ def default_recipe(model: str) -> Recipe:
             raise RecipeError(f"{DEMO_STEPS} is '{steps}'; it is a number of steps.")
         settings["steps"] = int(steps)
     return Recipe(model=model, training=from_mapping(Training, settings))
+
+
+def with_start(recipe: Recipe, ternary: bool) -> Recipe:
+    """The recipe with start and rate filled in, where none was asked for.
+
+    A dense model is reconstructed before DLT trains it; one that is ``ternary`` keeps its codes.
+    """
+    training, trained = recipe.training, not recipe.training.from_scratch
+    if training.start is None:
+        dense = recipe.scheme.method == "dlt" and trained and not ternary
+        training = replace(training, start="reconstructed" if dense else "closed-form")
+    rate = GENTLE_LR if ternary and trained else training.peak_lr
+    return replace(
+        recipe, training=replace(training, lr=rate if training.lr is None else training.lr)
+    )
 
 
 def refuse_scratch(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ def rate(step: int, steps: int, settings: Training) -> float:
     """
     share = _decaying(step, steps, settings.warmup, settings.schedule == "cosine")
     if settings.lr_second is not None and step >= steps / 2:
-        share *= settings.lr_second / settings.lr
+        share *= settings.lr_second / settings.peak_lr
     return share
 
 

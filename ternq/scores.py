@@ -124,7 +124,7 @@ def _models(models: Mapping[str, Payload]) -> Table:
     rows = [
         (
             name,
-            str(known.get("kind") or "–"),
+            ", by ".join(str(known[key]) for key in ("kind", "kernel") if known.get(key)) or "–",
             number(known.get("parameters")),
             *(_bits(known.get(key)) for key in ("bpw_linear", "bpw_total")),
             *("–" if known.get(key) is None else size(known[key]) for key in _STORED),

@@ -21,7 +21,7 @@ def check(recipe: Recipe, teacher: str | None) -> None:
     """
     scheme, training = recipe.scheme, recipe.training
     scratch, alone = training.from_scratch, training.objective == "ce"
-    started = training.start != "closed-form"
+    started = training.calibrated
     if teacher is not None and alone:
         raise RecipeError("--objective ce learns from text alone: it has no --teacher.")
     if scratch and teacher is None and not alone:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import ternq
-from ternq import checkpoint, distill, hf, packing, runs, stop
+from ternq import checkpoint, hf, packing, runs, stop
 from ternq import corpus as corpora
 from ternq.calibrate import Started, on, run, start_block, use
 from ternq.errors import RecipeError
 from ternq.linear import TernaryLinear, group_rule, prepare, ternary_layers
 from ternq.modeling_ternq import features
 from ternq.perplexity import BLOCK, free_memory
+from ternq.prepared import Prepared, described, refuse_own_code, text_of
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Training
 from ternq.reconstruct import rows_at_once
@@ -40,7 +41,7 @@ WHO = ("teacher", "untrained", "student")
 
 
 @dataclass
-class Streamed(distill.Prepared):
+class Streamed(Prepared):
     """What `prepare` found: ``teacher`` and ``student`` are skeletons, ``walk`` reads weights."""
 
     walk: Walk | None = None
@@ -88,9 +89,9 @@ def prepare_run(
     if teacher is not None:
         raise RecipeError("Block by block, the teacher is the model itself.", "Leave it out.")
     loaded, folder = hf.outline(model, offline=offline)
-    distill.refuse_own_code(loaded)
+    refuse_own_code(loaded)
     training = recipe.training
-    specs, note = distill.text_of(loaded, training.data, record, offline)
+    specs, note = text_of(loaded, training.data, record, offline)
     if corpora.has_own_text(specs):
         raise RecipeError(
             "Block by block the model cannot write its own text: it is never whole in memory.",
@@ -265,7 +266,7 @@ class _Maker:
     def measured(self, who: str) -> dict[str, Any]:
         """The perplexity of the dense, the closed-form or the finished model."""
         losses = self.walk.losses(self.held, self.streams[who])
-        return distill.described(
+        return described(
             self.prepared,
             {
                 "token_perplexity": float(losses.mean().exp()),

@@ -19,7 +19,7 @@ def student_of(
     are, since its codes are made beside them) are the teacher's own, not copies.
     ``twin`` is made the student, where a copy of the teacher stands there already.
     """
-    frozen = settings.train != "all" and settings.start == "closed-form"
+    frozen = settings.train != "all" and not settings.calibrated
     kept = {} if settings.from_scratch else _kept(teacher, frozen)
     if twin is None:
         twin = copy.deepcopy(teacher, {id(p): p for p in kept.values()})

@@ -11,6 +11,7 @@ import torch
 from ternq import hf
 from ternq.files import sha256
 from ternq.hf import Loaded
+from ternq.kernels import choice
 from ternq.progress import Progress, ignore
 from ternq.publish import EXPORT_MANIFEST, MANIFEST, read_manifest
 from ternq.text import is_offline
@@ -27,6 +28,7 @@ class World:
     dtype: torch.dtype | None = None
     offline: bool = False
     trust_remote_code: bool = False
+    int8_activations: bool = False
 
 
 @dataclass
@@ -78,8 +80,15 @@ class Subject:
     def summary(self) -> dict[str, Any]:
         """What it weighs: ``{kind, parameters, bytes, bpw_linear, bpw_total}``, as it is stored.
 
-        ``bytes`` are those of the weights, ``file_bytes`` those of all files, where they are known.
+        ``bytes`` are those of the weights, ``file_bytes`` those of all files, where they are known;
+        ``kernel`` of a packed model is what made its products.
         """
+        if self.loaded.kind != "packed":
+            return self._weights()
+        int8 = ", int8 activations" if self.world.int8_activations else ""
+        return self._weights() | {"kernel": choice(self.world.device) + int8}
+
+    def _weights(self) -> dict[str, Any]:
         loaded = self.loaded
         path = loaded.path
         if path is not None and (path / MANIFEST).is_file():

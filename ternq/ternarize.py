@@ -29,6 +29,7 @@ from ternq.linear import ternary_layers
 from ternq.measure import Limit
 from ternq.pack import pack
 from ternq.page import page, steps_of
+from ternq.prepared import perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, refuse_scratch, untrained
 from ternq.report import markdown
@@ -139,7 +140,7 @@ def ternarize(
                 said = "The packed model does not fit here: it is measured as made."
                 trained["notes"].append(said)
             else:
-                student = distill.perplexity(prepared, packed, progress, "packed student")
+                student = perplexity(prepared, packed, progress, "packed student")
             results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
             pairs = [] if by_blocks else [(model, prepared.teacher)]
             for name, loaded in [*pairs, (str(out), packed)] if jobs else ():

@@ -103,7 +103,8 @@ def text_file(path: Path, lines: int = 300) -> Path:
 
 def recipe(model: Path | str, data: Path, group_size: int = 16, **training: Any) -> Recipe:
     """A training of a moment: two steps of two blocks."""
-    usual = {"steps": 2, "batch_size": 2, "sequence_length": 16, "data": (str(data),)}
+    usual = {"steps": 2, "batch_size": 2, "sequence_length": 16, "data": (str(data),),
+             "start": "closed-form"}  # fmt: skip
     return Recipe(
         model=str(model),
         scheme=Scheme(group_size=group_size),

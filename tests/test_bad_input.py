@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from ternq import checkpoint, cli, corpus, files, hf, snapshots
 from ternq.writer import write_tensors
 
-QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--group-size", "16"]
+QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--group-size", "16",
+         "--start", "closed-form"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from ternq.errors import InputError, RecipeError, ResourceError
 from ternq.evaluate import evaluate
 from ternq.linear import dense_weight, select
 from ternq.plan import plan
+from ternq.prepared import Prepared, prepare_run
 from ternq.progress import ignore
 from ternq.recipe import BASELINES, PRESETS, Recipe, Scheme
 from ternq.report import markdown
@@ -109,8 +110,8 @@ def test_bits_are_those_of_codes_scales_and_zeros(source: Path, text: Path, tmp_
         assert weights["bpw_total"] == pytest.approx(whole / everything), method
 
 
-def prepared(source: Path, text: Path, method: str, **scheme: Any) -> distill.Prepared:
-    return distill.prepare_run(str(source), recipe(source, text, method, **scheme), offline=True)
+def prepared(source: Path, text: Path, method: str, **scheme: Any) -> Prepared:
+    return prepare_run(str(source), recipe(source, text, method, **scheme), offline=True)
 
 
 OTHERS = ["opt", "gpt2", "phi"]
@@ -171,7 +172,7 @@ def test_a_weight_of_two_layers_is_rounded_once(source: Path, text: Path) -> Non
 def test_what_is_unusual_is_said(source: Path, text: Path) -> None:
     short = recipe(source, text, "gptq")
     short = replace(short, training=replace(short.training, calibration=2))
-    found = distill.prepare_run(str(source), short, offline=True)
+    found = prepare_run(str(source), short, offline=True)
     with torch.no_grad():
         found.student.model.model.layers[0].input_layernorm.weight[5] = 0
     notes = " ".join(baseline.rounded(found, ignore))
@@ -263,7 +264,8 @@ def test_a_preset_is_a_set_of_options(preset: str) -> None:
     found = vars(asked(preset).training)
     assert {name: found[name] for name in PRESETS[preset]} == PRESETS[preset]
     assert found["steps"] is None
-    assert found["lr"] == asked().training.lr
+    rate = 1e-4 if found["start"] == "reconstructed" else 1e-3
+    assert asked(preset).training.peak_lr == rate
 
 
 def test_options_go_before_a_preset() -> None:

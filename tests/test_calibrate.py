@@ -20,9 +20,11 @@ from ternq.calibrate import compensated_start
 from ternq.compensate import Compensated, compensate
 from ternq.errors import InputError, RecipeError, StoppedError
 from ternq.linear import TernaryLinear, decoder_blocks, prepare, ternary_layers
-from ternq.progress import Event, ignore
+from ternq.prepared import prepare_run
+from ternq.progress import Event
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.ternarize import _made, ternarize
+from ternq.train import Trainer
 
 SCHEME = Scheme(group_size=16)
 
@@ -223,19 +225,30 @@ def metrics(folder: Path) -> list[Any]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def test_it_is_trained_on_the_same_text_as_from_the_other_start(
-    source: Path, text: Path, tmp_path: Path
+def test_training_reads_on_behind_the_text_of_the_calibration(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams: list[list[Tensor]] = []
+    read: list[Tensor] = []
+    drawn = Trainer.draw
+    monkeypatch.setattr(Trainer, "draw", lambda self: read.append(drawn(self)) or read[-1])
+    recipe = checkpoints.recipe(source, text)
+    made = replace(recipe, training=training(text, "compensated"))
+    distill.distill(str(source), tmp_path / "first", made, offline=True)
+    again = replace(recipe, training=training(text, "closed-form"))
+    said = distill.distill(str(tmp_path / "first"), tmp_path / "second", again, offline=True)
+    other = replace(again, training=replace(again.training, sequence_length=8))
+    distill.distill(str(tmp_path / "first"), tmp_path / "other", other, offline=True)
 
-    for start in ("closed-form", "compensated"):
-        recipe = replace(checkpoints.recipe(source, text), training=training(text, start))
-        prepared = distill.prepare_run(str(source), recipe, offline=True)
-        if start == "compensated":
-            (tmp_path / "run").mkdir()
-            distill._compensate(prepared, tmp_path / "run", {}, ignore)
-        streams.append([next(prepared.corpus.blocks) for _ in range(12)])
-    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
+    stream = prepare_run(str(source), again, offline=True).corpus.blocks
+    whole = [next(stream) for _ in range(6 + 4 * 4)]  # calibration, then 4 steps of 4 blocks
+    assert torch.equal(torch.cat(read[:4]), torch.stack(whole[6:]))
+    assert "Text: goes on behind the 14 blocks that the model has been trained on." in said["notes"]
+    assert torch.equal(read[4][0], whole[0][:8])  # of other blocks nothing was read yet
+    rates = [
+        checkpoint.read_json(tmp_path / name / hf.RUN_FILE)["recipe"]["training"]["lr"]
+        for name in ("first", "second")
+    ]
+    assert rates == [1e-3, 1e-4]  # less where the codes were trained before
 
 
 def training(text: Path, start: Any) -> Training:
@@ -262,21 +275,20 @@ def test_from_a_checkpoint_to_an_artefact(
     assert again["student"] == report["student"]
 
 
-def test_recipes_without_the_field_are_of_the_closed_form(
+def test_recipes_without_a_field_have_its_default(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = checkpoints.recipe(source, text)
     old = recipe.to_json()
-    del old["training"]["start"], old["training"]["calibration"]
+    del old["training"]["calibration"], old["training"]["rank"]
     assert Recipe.from_json(old) == recipe
-    assert recipe.training.start == "closed-form"
     out = tmp_path / "run"
     with monkeypatch.context() as stopping:
         stopping.setattr(stop, "requested", lambda: "SIGTERM")
         with pytest.raises(StoppedError):
             distill.distill(str(source), out, recipe, offline=True)
     record = checkpoint.read_json(out / hf.RUN_FILE)
-    for name in ("start", "calibration"):
+    for name in ("calibration", "rank"):
         del record["recipe"]["training"][name]
     checkpoint.write_json(out / hf.RUN_FILE, record)
     distill.distill(str(source), out, recipe, offline=True, resume=True)
@@ -290,7 +302,7 @@ def test_an_older_artefact_is_still_found_to_be_finished(
     recipe = checkpoints.recipe(source, text)
     made = ternarize(str(source), tmp_path / "out", recipe, offline=True)
     manifest = checkpoint.read_json(tmp_path / "out" / checkpoint.MANIFEST)
-    del manifest["asked"]["training"]["start"], manifest["asked"]["training"]["calibration"]
+    del manifest["asked"]["training"]["calibration"]
     asked = {"asked": recipe.to_json(), "keep_dtype": False}
     assert _made(tmp_path / "out", asked)
     with pytest.MonkeyPatch.context() as patched:

@@ -12,11 +12,13 @@ import datasets
 import pytest
 import tiny
 import torch
+from conftest import Demo
 from torch import Tensor, nn
 
 from ternq import harness, measure
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
+from ternq.kernels import choice
 from ternq.perplexity import divergence, token_perplexity
 from ternq.progress import Event
 from ternq.suites import SUITES, Suite
@@ -221,6 +223,26 @@ def test_equal_models_have_equal_numbers_and_the_batch_size_is_chosen(
     assert said[-1].stage == "piqa"
     assert said[-1].done == said[-1].total == 7
     assert capsys.readouterr().out == ""
+
+
+def test_activations_of_packed_layers_may_be_rounded(demo: Demo, tmp_path: Path) -> None:
+    text, packed = tmp_path / "notes.txt", str(demo.folder / "demo-ternary")
+    text.write_text(tiny.text(300))
+    found, said = [], []
+    for int8 in (False, True, True):
+        found.append(evaluate([packed, "demo"], tasks=[str(text) + ":token_perplexity"],
+                              int8_activations=int8, cache=tmp_path / "kept",
+                              progress=said.append))  # fmt: skip
+    exact, int8, again = (next(iter(f["results"][packed].values())) for f in found)
+    assert exact["token_perplexity"] != int8["token_perplexity"] == again["token_perplexity"]
+    assert int8["token_perplexity"] == pytest.approx(exact["token_perplexity"], rel=0.02)
+    assert found[0]["results"]["demo"] == found[1]["results"]["demo"]
+    kernels = [f["models"][packed]["kernel"] for f in found]
+    assert kernels[0] == choice() and kernels[1] == f"{choice()}, int8 activations"
+    assert "kernel" not in found[0]["models"]["demo"]
+    assert "Activations of 'demo' are not rounded: it has no packed layers." in [
+        event.message for event in said
+    ]
 
 
 def test_only_the_metric_asked_for(data_dir: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_probe_teaches_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(t, before[n]) for n, t in student.state_dict().items())
     assert not trainer.optimizer.state
     assert all(p.grad is None for p in student.parameters())
-    assert [g["lr"] for g in trainer.optimizer.param_groups] == [SETTINGS.lr] * 3
+    assert [g["lr"] for g in trainer.optimizer.param_groups] == [SETTINGS.peak_lr] * 3
 
 
 # Strategies

@@ -146,6 +146,7 @@ def test_other_engines_are_refused(
 def started(source: Path, text: Path, out: Path, *more: str, steps: str = "3") -> list[str]:
     """A command of two processes."""
     settings = f"--group-size 16 --sequence-length 16 --batch-size 4 --steps {steps} --offline"
+    settings += " --start closed-form"
     return ["-m", "ternq", *more, str(source), "--data", str(text), *settings.split(),
             "-o", str(out), "--json"]  # fmt: skip
 

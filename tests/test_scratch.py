@@ -20,6 +20,7 @@ from ternq.optimize import optimizer
 from ternq.pack import Options, pack, verify
 from ternq.page import page
 from ternq.plan import plan
+from ternq.prepared import prepare_run
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.report import markdown
 from ternq.ternarize import ternarize
@@ -134,7 +135,7 @@ def test_floatlm_is_a_dense_model(config: Path, text: Path, tmp_path: Path) -> N
 def test_a_floatlm_run_can_be_made_ternary(config: Path, text: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", recipe(config, text, "float", steps=1))
     made = checkpoints.recipe(tmp_path / "run", text)
-    prepared = distill.prepare_run(str(tmp_path / "run"), made, offline=True)
+    prepared = prepare_run(str(tmp_path / "run"), made, offline=True)
     assert prepared.teacher is not None
     assert ternary_layers(prepared.student.model)
 
@@ -144,7 +145,7 @@ def test_a_trilm_goes_on_from_its_own_text_alone(config: Path, text: Path, tmp_p
     trained(tmp_path / "run", made)
     run = str(tmp_path / "run")
     with pytest.raises(InputError, match="does not say what it was made from"):
-        distill.prepare_run(run, checkpoints.recipe(run, text), offline=True)
+        prepare_run(run, checkpoints.recipe(run, text), offline=True)
     on = checkpoints.recipe(run, text, objective="ce")
     report = distill.distill(run, tmp_path / "on", replace(on, scheme=Scheme()), offline=True)
     assert report["teacher"] is None

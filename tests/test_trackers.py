@@ -51,7 +51,7 @@ def with_tracker(folder: Path, kept: Kept, **settings: Any) -> Trainer:
 
 def test_a_tracker_gets_the_metrics_and_the_settings(tmp_path: Path) -> None:
     kept = Kept()
-    with_tracker(tmp_path, kept, steps=3).run()
+    with_tracker(tmp_path, kept, steps=3, lr=1e-3).run()
     lines = metrics(tmp_path)
     for line in lines:
         del line["seconds"]

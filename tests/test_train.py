@@ -22,6 +22,7 @@ from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
 from ternq.linear import prepare, ternary_layers
 from ternq.pack import pack
+from ternq.prepared import Prepared, prepare_run
 from ternq.progress import Event, ignore
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.train import Trainer
@@ -450,8 +451,8 @@ def run(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def start_of(model: Path, recipe: Recipe) -> distill.Prepared:
-    return distill.prepare_run(str(model), recipe, offline=True)
+def start_of(model: Path, recipe: Recipe) -> Prepared:
+    return prepare_run(str(model), recipe, offline=True)
 
 
 def test_training_goes_on_from_a_run_with_its_codes(run: Path, text: Path, tmp_path: Path) -> None:
@@ -498,7 +499,7 @@ def test_an_artefact_that_was_saved_again_asks_for_its_teacher(
     with pytest.raises(InputError, match="does not say what it was made from"):
         start_of(tmp_path / "again", recipe)
     options: dict[str, Any] = {"teacher": str(source), "offline": True}
-    prepared = distill.prepare_run(str(tmp_path / "again"), recipe, **options)
+    prepared = prepare_run(str(tmp_path / "again"), recipe, **options)
     assert ternary_layers(prepared.student.model)
 
 
