@@ -97,9 +97,11 @@ def _own_text(
     teacher: hf.Loaded, recipe: Recipe, progress: Progress, cache: Path | None
 ) -> list[str]:
     """Text that the teacher writes; kept in the run's folder, since writing it takes long."""
-    length = recipe.training.sequence_length
-    per_step = recipe.training.batch_size * length
-    tokens = recipe.training.tokens or (recipe.training.steps or OWN_TEXT_STEPS) * per_step
+    settings = recipe.training
+    length = settings.sequence_length
+    per_step = settings.batch_size * length
+    tokens = settings.tokens or (settings.steps or OWN_TEXT_STEPS) * per_step
+    tokens += settings.calibration * length if settings.calibrated else 0
     blocks = max(16, min(tokens, OWN_TEXT_TOKENS) // length) + HELD_OUT_TOKENS // length // 4
     kept = None if cache is None else cache / OWN_TEXT_FILE
     key = [teacher.source, recipe.base, recipe.seed, blocks, length]

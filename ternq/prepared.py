@@ -24,7 +24,7 @@ from ternq.linear import (
 )
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Scheme, with_start
+from ternq.recipe import Recipe, Scheme, with_rate, with_start
 from ternq.student import student_of
 
 
@@ -165,8 +165,9 @@ def fitting(
     free. Returns the memory counted for it (None where ``record`` has the strategy), and what was
     chosen in words.
     """
-    recipe = with_start(recipe, ternary=built.scheme is not None)
-    training, notes = recipe.training, []
+    notes: list[str] = []
+    ternary = built.scheme is not None
+    training = with_start(recipe, ternary)
     longest = hf.max_length(built)
     if training.sequence_length > longest:
         notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
@@ -195,7 +196,7 @@ def fitting(
             block_by_block=training.block_by_block or then.block_by_block,
         )
         notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
-    return replace(recipe, training=training), counted, notes
+    return replace(recipe, training=with_rate(training, ternary)), counted, notes
 
 
 def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any]) -> hf.Loaded:

@@ -35,9 +35,9 @@ GENTLE_LR = 1e-4  # for codes that fit already, which the usual rate would undo 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"start": "compensated", "calibration": 32, "tokens": 100_000},
     "balanced": {"start": "reconstructed", "calibration": 64, "reconstruction_epochs": 5,
-                 "tokens": 300_000},
-    "best": {"start": "reconstructed", "calibration": 256, "reconstruction_epochs": 5,
-             "tokens": 1_000_000},
+                 "train": "scales", "tokens": 300_000},
+    "best": {"start": "reconstructed", "calibration": 512, "reconstruction_epochs": 2,
+             "train": "scales", "tokens": 1_000_000},
 }  # fmt: skip
 Objective = Literal["distill", "ce"]
 Schedule = Literal["linear", "cosine"]
@@ -188,9 +188,11 @@ class Training:
     @property
     def peak_lr(self) -> float:
         """``lr``, or what suits the start."""
-        if self.lr is not None:
-            return self.lr
-        return GENTLE_LR if self.start == "reconstructed" else USUAL_LR
+        return self.lr if self.lr is not None else self.usual_lr(self.start == "reconstructed")
+
+    def usual_lr(self, fitting: bool) -> float:
+        """The rate for a start whose codes are ``fitting``, or not; frozen ones stay anyhow."""
+        return GENTLE_LR if fitting and self.train == "all" else USUAL_LR
 
     def _check_schedule(self) -> None:
         if not 0 <= self.decay_until <= 1:
@@ -286,19 +288,24 @@ def default_recipe(model: str) -> Recipe:
     return Recipe(model=model, training=from_mapping(Training, settings))
 
 
-def with_start(recipe: Recipe, ternary: bool) -> Recipe:
-    """The recipe with start and rate filled in, where none was asked for.
+def with_start(recipe: Recipe, ternary: bool) -> Training:
+    """The training with a start, where none was asked for.
 
     A dense model is reconstructed before DLT trains it; one that is ``ternary`` keeps its codes.
     """
-    training, trained = recipe.training, not recipe.training.from_scratch
-    if training.start is None:
-        dense = recipe.scheme.method == "dlt" and trained and not ternary
-        training = replace(training, start="reconstructed" if dense else "closed-form")
-    rate = GENTLE_LR if ternary and trained else training.peak_lr
-    return replace(
-        recipe, training=replace(training, lr=rate if training.lr is None else training.lr)
-    )
+    training = recipe.training
+    if training.start is not None:
+        return training
+    dense = recipe.scheme.method == "dlt" and not training.from_scratch and not ternary
+    return replace(training, start="reconstructed" if dense else "closed-form")
+
+
+def with_rate(training: Training, ternary: bool) -> Training:
+    """The training with a rate that suits its start, where none was asked for."""
+    if training.lr is not None:
+        return training
+    fitting = not training.from_scratch and (ternary or training.start == "reconstructed")
+    return replace(training, lr=training.usual_lr(fitting))
 
 
 def refuse_scratch(recipe: Recipe) -> None:

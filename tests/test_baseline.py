@@ -19,7 +19,7 @@ from ternq.linear import dense_weight, select
 from ternq.plan import plan
 from ternq.prepared import Prepared, prepare_run
 from ternq.progress import ignore
-from ternq.recipe import BASELINES, PRESETS, Recipe, Scheme
+from ternq.recipe import BASELINES, PRESETS, Recipe, Scheme, Training, with_rate, with_start
 from ternq.report import markdown
 from ternq.ternarize import ternarize
 
@@ -264,8 +264,29 @@ def test_a_preset_is_a_set_of_options(preset: str) -> None:
     found = vars(asked(preset).training)
     assert {name: found[name] for name in PRESETS[preset]} == PRESETS[preset]
     assert found["steps"] is None
-    rate = 1e-4 if found["start"] == "reconstructed" else 1e-3
-    assert asked(preset).training.peak_lr == rate
+    assert asked(preset).training.peak_lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    "start, ternary, train, rate",
+    [("closed-form", False, "all", 1e-3), ("compensated", False, "all", 1e-3),
+     (None, False, "all", 1e-4), ("reconstructed", False, "scales", 1e-3),
+     (None, True, "all", 1e-4), (None, True, "scales", 1e-3)],
+)  # fmt: skip
+def test_the_rate_follows_the_start(start: Any, ternary: bool, train: Any, rate: float) -> None:
+    """Of codes that fit, and move: a tenth."""
+    recipe = Recipe(model="m", training=Training(start=start, train=train))
+    begun = with_start(recipe, ternary)
+    assert begun.start == (start or ("closed-form" if ternary else "reconstructed"))
+    assert with_rate(begun, ternary).lr == rate
+    assert with_rate(replace(begun, lr=0.5), ternary).lr == 0.5
+
+
+@pytest.mark.parametrize("scheme", [Scheme(method="gptq"), Scheme(method="absmean")])
+def test_other_methods_have_no_start_of_dlt(scheme: Scheme) -> None:
+    assert with_start(Recipe(model="m", scheme=scheme), False).start == "closed-form"
+    scratch = Training(from_scratch=True)
+    assert with_start(Recipe(model="m", training=scratch), False).start == "closed-form"
 
 
 def test_options_go_before_a_preset() -> None:
