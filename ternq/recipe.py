@@ -95,9 +95,7 @@ class Training:
     batch_size: int = option(4, "Blocks of text in one optimizer step.")
     micro_batch_size: int | None = option(None, "Blocks at once; the rest is accumulated.")
     sequence_length: int = option(256, "Tokens in a block.")
-    lr: float | None = option(
-        None, "Peak learning rate of the weights. [default: 1e-3 or, by the start, 1e-4]"
-    )
+    lr: float | None = option(None, "Peak learning rate of the weights. [default: 1e-3 or 1e-4]")
     scale_lr: float | None = option(None, "Peak rate of scales and shifts. [default: --lr]")
     warmup: float = option(0.05, "Share of the steps spent warming up.")
     weight_decay: float = option(0.0, "AdamW's decay, on the linear weights.")

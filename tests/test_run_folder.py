@@ -32,7 +32,7 @@ def test_nothing_to_resume_and_a_run_that_must_not_go_on(tmp_path: Path) -> None
     (tmp_path / hf.RUN_FILE).write_text('{"experiment": 7}')
     with pytest.raises(RecipeError, match="not ternq's"):
         runs.existing(tmp_path, resume=None, overwrite=True)
-    record = {"ternq_run": 1, "recipe": {}, "modules": [], "dtype": "float32"}
+    record = {"ternq_run": runs.FORMAT_VERSION, "recipe": {}, "modules": [], "dtype": "float32"}
     (tmp_path / hf.RUN_FILE).write_text(json.dumps(record))
     assert runs.existing(tmp_path, resume=True, overwrite=False) is not None
     with pytest.raises(RecipeError, match="holds a run"):

@@ -112,7 +112,7 @@ def test_a_retreat_goes_back_with_half_the_rate_and_reads_on(tmp_path: Path) -> 
     assert made.read == 4 * len(steps)  # nothing is read twice
     rates = {line["step"]: line["lr"] for line in metrics(tmp_path)}
     whole = trainer(tmp_path / "other", steps=6).settings
-    assert rates[6] == pytest.approx(0.5 * whole.lr * (6 - 5) / 5)
+    assert rates[6] == pytest.approx(0.5 * whole.peak_lr * (6 - 5) / 5)
     assert "diverged at step 4" in made.said[0] and "1/2 of the rate" in made.said[0]
     assert any(e.level == "warning" and "diverged" in str(e.message) for e in events)
     record = json.loads((snapshots.checkpoints(tmp_path)[-1] / "state.json").read_text())
