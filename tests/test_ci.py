@@ -188,6 +188,7 @@ def test_a_pipe_swallows_the_status(stubbed: Path) -> None:
 # --- the script, with ternq -----------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the same job as below, cut short by a gate; statuses are also told by a stub
 def test_a_failed_gate_is_reported_and_publishes_nothing(trained: Path) -> None:
     """By the page's own lines for a baseline in a file."""
     (lines,) = blocks("bash")
