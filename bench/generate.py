@@ -55,7 +55,8 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
     from transformers import AutoTokenizer
 
     from ternq import hf
-    from ternq.decoder import give_back, load_dtype
+    from ternq.decoder import load_dtype
+    from ternq.perplexity import give_back
     from ternq.proof import dense
     from ternq.recipe import DEMO_FOLDER
 

@@ -4,8 +4,6 @@ Strategies are tried in a fixed order before anything is loaded, each with the m
 `ternq.footprint` counts for it, and the first that fits is taken.
 """
 
-import contextlib
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -63,12 +61,6 @@ def resident() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss) + LIBRARIES
-
-
-def give_back() -> None:
-    """Hand memory that is free already back to the system, which glibc would keep."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def age() -> float:

@@ -9,7 +9,6 @@ It computes what transformers' forward computes, with a cache in float32. The pr
 """
 
 import ctypes
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from ternq.kernels import native
 from ternq.kernels.packed import PackedWeight
 from ternq.linear import packed_layers
 from ternq.modeling_ternq import METHOD, Int8, PackedLinear
+from ternq.perplexity import give_back
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length
@@ -124,14 +124,6 @@ def leave_file(model: Any) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     give_back()
-
-
-def give_back() -> None:
-    """Have the C library give back what was freed, where it is glibc: it keeps much of it else."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Decoder:

@@ -186,10 +186,11 @@ class Training:
     @property
     def peak_lr(self) -> float:
         """``lr``, or what suits the start."""
-        return self.lr if self.lr is not None else self.usual_lr(self.start == "reconstructed")
+        return self.lr if self.lr is not None else self.usual_lr()
 
-    def usual_lr(self, fitting: bool) -> float:
-        """The rate for a start whose codes are ``fitting``, or not; frozen ones stay anyhow."""
+    def usual_lr(self, ternary: bool = False) -> float:
+        """The rate for a start, or for a model that is ``ternary``; frozen codes stay anyhow."""
+        fitting = not self.from_scratch and (ternary or self.start == "reconstructed")
         return GENTLE_LR if fitting and self.train == "all" else USUAL_LR
 
     def _check_schedule(self) -> None:
@@ -302,8 +303,7 @@ def with_rate(training: Training, ternary: bool) -> Training:
     """The training with a rate that suits its start, where none was asked for."""
     if training.lr is not None:
         return training
-    fitting = not training.from_scratch and (ternary or training.start == "reconstructed")
-    return replace(training, lr=training.usual_lr(fitting))
+    return replace(training, lr=training.usual_lr(ternary))
 
 
 def refuse_scratch(recipe: Recipe) -> None:

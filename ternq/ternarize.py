@@ -13,7 +13,6 @@ import torch
 
 from ternq import (
     baseline,
-    budget,
     checkpoint,
     distill,
     hf,
@@ -29,6 +28,7 @@ from ternq.linear import ternary_layers
 from ternq.measure import Limit
 from ternq.pack import pack
 from ternq.page import page, steps_of
+from ternq.perplexity import give_back
 from ternq.prepared import perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, refuse_scratch, untrained
@@ -123,7 +123,7 @@ def ternarize(
                 offline=offline,
                 trust_remote_code=trust_remote_code,
             )
-        budget.give_back()
+        give_back()
         progress(Event("pack", "Packing, and loading what was packed to compare it"))
 
         whole: Any = replace(prepared.student, kind="run", path=run)
