@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ternq.errors import InputError
 from ternq.linear import decoder_blocks
@@ -69,6 +70,14 @@ class Call:
         if self.args:
             return replace(self, args=(hidden, *self.args[1:]))
         return replace(self, kwargs=self.kwargs | {HIDDEN: hidden})
+
+    def to(self, device: torch.device) -> "Call":
+        """The same call with all of its tensors there."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Call(tree_map(moved, self.args), tree_map(moved, self.kwargs))
 
     def run(self, block: nn.Module) -> Tensor:
         """What the block puts out, ``[batch, tokens, hidden]``."""

@@ -100,6 +100,7 @@ def compensated_start(
     *,
     how: str = Started.how,
     rows: int = 4,
+    device: str | None = None,
     autocast: AbstractContextManager[Any] | None = None,
     reconstruction: Training | None = None,
     seed: int = 0,
@@ -110,12 +111,15 @@ def compensated_start(
     ``rounding`` is another way to round a layer, also a `RoundedLinear`; ``how`` says what it is.
     ``ids`` ``[blocks, length]`` are the text, ``rows`` blocks at a time. Latent weights, scales and
     shifts change in place. With ``reconstruction`` every block is then trained by these settings.
+    Blocks are moved to ``device`` one by one and back, so that it holds no more than one of them.
     Returns what was done, in sentences.
 
     Raises:
         InputError: the blocks are not called one after another, or numbers are not finite.
     """
     autocast = autocast or nullcontext()
+    home = next(model.parameters()).device
+    place = home if device is None else torch.device(device)
     was_training = model.training
     model.eval()
     done, layers = Started(how), _own_weights(model)
@@ -126,8 +130,10 @@ def compensated_start(
         with autocast:
             passing = Passing(blocks, blocks[0].forward)
             calls = calls_of(model, blocks, passing, torch.split(ids, rows))
-        hidden = dense = [call.hidden for call in calls[0]]
+        hidden = dense = [call.hidden.to(place) for call in calls[0]]
         for index, block in enumerate(blocks):
+            block.to(place)
+            calls[index] = [call.to(place) for call in calls[index]]
             now = on(calls[index], hidden)
             within = f"{prefix}.{index}."
             own = {n: m for n, m in layers.items() if n.startswith(within)}
@@ -149,6 +155,7 @@ def compensated_start(
             calls[index] = []
             for layer in own.values():
                 use(layer, None)
+            block.to(home)
             shown = {"error": sum(done.errors) / max(1, len(done.errors))}
             progress(Event("calibrate", done=index + 1, total=len(blocks), values=shown))
     finally:

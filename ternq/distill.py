@@ -326,12 +326,13 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     if "start" in record and path.is_file():
         hf.load_state(model, checkpoint.load_tensors(path), str(path))
         return
-    device = next(model.parameters()).device
+    device = torch.device(prepared.device)
     reconstructed = settings.start == "reconstructed"
     record["start"] = compensated_start(
         model,
         torch.stack(taken),
         rows=rows_at_once(settings, reconstructed),
+        device=prepared.device,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
         reconstruction=settings if reconstructed else None,
         seed=prepared.recipe.seed,

@@ -30,6 +30,7 @@ from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
 from ternq.train import Trainer, has_bf16
+from ternq.walk import bytes_needed
 
 EXACT = 8  # blocks up to which all are run; of deeper models, that number and half of it
 
@@ -41,6 +42,7 @@ class Footprint:
     ``weights`` of teacher and student, ``optimizer`` its states, ``step`` what a step takes beside
     them at its peak: activations, gradients, rounded weights. ``loading`` is held before some of it
     is let go of, as dense weights are that become codes; on ``host`` where that is another memory.
+    ``start`` is what a start that reads text takes beside them, estimated from shapes.
     ``evaluation`` is what measuring a perplexity takes, before training and after it. ``rough``
     says why it could only be estimated from the shapes; None where it was counted.
     """
@@ -53,6 +55,7 @@ class Footprint:
     ternary: int
     loading: int = 0
     host: int = 0
+    start: int = 0
     evaluation: int = 0
     rough: str | None = None
 
@@ -60,7 +63,7 @@ class Footprint:
     def total(self) -> int:
         """All of it."""
         training = self.weights + self.optimizer + self.step
-        return max(self.loading, training, self.weights + self.evaluation)
+        return max(self.loading + self.start, training, self.weights + self.evaluation)
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -152,6 +155,7 @@ def _counted(
         for model in (teacher, twin):
             del decoder_blocks(model)[1][blocks:]
         student = student_of(teacher, scheme, settings, twin)[0]
+        start = _start(teacher, settings)
         if settings.from_scratch and settings.objective == "ce":
             teacher = None
         del twin, model
@@ -191,8 +195,16 @@ def _counted(
         ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
         loading=loading - host,
         host=host,
+        start=start,
         evaluation=alive.peak - before,
     )
+
+
+def _start(teacher: Any, settings: Training) -> int:
+    """What compensating and reconstructing one block after another take beside the models."""
+    if settings.start == "compensated":
+        settings = replace(settings, reconstruction_epochs=0)
+    return bytes_needed(teacher, settings) if settings.calibrated else 0
 
 
 def _held_out(model: Any) -> Tensor:

@@ -164,10 +164,10 @@ def in_eight_bits(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def made_on_host(settings: Training, device: str) -> bool:
     """Whether models are loaded into the host's memory, since ``device`` is to hold less of them.
 
-    A start that is not the closed form takes passes through the float weights, on the device.
+    A start that takes passes through the float weights has them on the device block by block.
     """
     less = settings.train != "all" or settings.teacher_dtype != "float32"
-    return less and not settings.calibrated and not device.startswith("cpu")
+    return less and not device.startswith("cpu")
 
 
 def arrange(model: nn.Module, settings: Training, seed: int = 0, teacher: Any = None) -> None:

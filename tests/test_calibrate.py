@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq import calibrate, checkpoint, corpus, distill, hf, runs, stop
-from ternq.blocks import BlockOutputs
+from ternq.blocks import BlockOutputs, Call
 from ternq.calibrate import compensated_start
 from ternq.compensate import Compensated, compensate
 from ternq.errors import InputError, RecipeError, StoppedError
@@ -126,6 +126,33 @@ def test_scales_are_those_of_the_rounding_and_skipped_layers_stay() -> None:
             ):
                 assert torch.equal(a, b), name
     assert distance(student, dense) < distance(plain, dense)
+
+
+def test_another_device_holds_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block goes there and comes back before the next one does, with its calls' tensors."""
+    _, here, there = students("llama")
+    moves: list[tuple[nn.Module, str]] = []
+    to = nn.Module.to
+
+    def spied(module: nn.Module, device: torch.device) -> nn.Module:
+        moves.append((module, str(device)))
+        return to(module, device)
+
+    monkeypatch.setattr(nn.Module, "to", spied)
+    compensated_start(there, ids(), device="cpu:0")
+    blocks = decoder_blocks(there)[1]
+    assert moves == [(b, where) for b in blocks for where in ("cpu:0", "cpu")]
+    compensated_start(here, ids())
+    assert hf.fingerprint(here) == hf.fingerprint(there)
+
+
+def test_a_call_goes_to_a_device_with_all_that_is_in_it() -> None:
+    pair = (torch.ones(2), torch.zeros(2))
+    call = Call((torch.ones(3),), {"position_embeddings": pair, "use_cache": False})
+    moved = call.to(torch.device("meta"))
+    tensors = [moved.hidden, *moved.kwargs["position_embeddings"]]
+    assert [t.device.type for t in tensors] == ["meta"] * 3
+    assert moved.kwargs["use_cache"] is False
 
 
 def test_it_is_the_same_again_and_leaves_the_mode() -> None:

@@ -121,6 +121,23 @@ def test_a_model_for_another_device_is_loaded_on_the_host() -> None:
     assert budget.Memory(there, free=2**40, host=there.host).fits
 
 
+def test_a_start_that_reads_text_is_made_beside_the_models() -> None:
+    """On another device block by block, whatever lies in the host's memory."""
+    starts = {"closed-form": 0, "compensated": 32, "reconstructed": 32}
+    settings = replace(SETTINGS, train="scales", calibration=1000, sequence_length=64)
+    found = {}
+    for start in starts:
+        for device in ("cpu", "cuda"):
+            count = footprint(of("llama"), SCHEME, replace(settings, start=start), device)
+            found[start, device] = count
+            assert count.total >= count.loading + count.start
+    assert found["closed-form", "cpu"].start == 0 < found["compensated", "cpu"].start
+    for start in ("compensated", "reconstructed"):
+        here, there = found[start, "cpu"], found[start, "cuda"]
+        assert here.start == there.start and there.loading == 0 < there.host
+        assert there.host > found["closed-form", "cuda"].host  # the dense weights twice
+
+
 def test_what_does_not_learn_is_held_once() -> None:
     teacher = of("opt")()
     student, _ = student_of(teacher, SCHEME, SETTINGS)
