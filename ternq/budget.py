@@ -14,6 +14,7 @@ import torch
 
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint, roughly
+from ternq.linear import decoder_blocks
 from ternq.optimize import take_step
 from ternq.perplexity import free_memory
 from ternq.recipe import Scheme, Train, Training
@@ -103,11 +104,15 @@ def choose(
             counted[candidate] = Memory(_counted(build, scheme, candidate, device), free, host)
         return counted[candidate]
 
+    weights, last = _block_weights(build), settings
     for family in families(settings, by_blocks):
         (first, _), (last, _) = family[0], family[-1]
+        if free < _floor(last) * weights:
+            continue  # counting takes a while for a large model
         if needs(first).fits or needs(last).fits:  # else nor does what lies between
             found, how = next((s, how) for s, how in family if needs(s).fits)
             return found, needs(found), _why(how, needs(found))
+    needs(last)
     least = min(counted.values(), key=lambda memory: memory.needed)
     hint = "a shorter --sequence-length" + ("" if by_blocks else ", or ternq ternarize")
     raise ResourceError(
@@ -161,6 +166,21 @@ def families(settings: Training, by_blocks: bool) -> Iterator[list[tuple[Trainin
         yield list(_variants(replace(settings, train=train)))
     if by_blocks and _changeable(settings):
         yield [(replace(settings, block_by_block=True), BY_BLOCKS)]
+
+
+def _block_weights(build: Callable[[], Any]) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in decoder_blocks(build())[1].parameters())
+
+
+def _floor(settings: Training) -> int:
+    """Bytes for each weight of the blocks that training needs at the very least."""
+    if settings.block_by_block:
+        return 0
+    if settings.train != "all":
+        return 1  # a code
+    plain = (settings.latent, settings.optimizer, settings.offload) == ("float32", "adamw", False)
+    return 16 if plain else 0  # a weight, its gradient, two moments
 
 
 def _changeable(settings: Training) -> bool:

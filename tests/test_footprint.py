@@ -236,7 +236,7 @@ def test_each_takes_less_than_the_one_before_it() -> None:
 def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SETTINGS, batch_size=6)
     tried = [s for family in budget.families(settings, False) for s in family]
-    sizes = {s: 1000 - 10 * n for n, (s, _) in enumerate(tried)}
+    sizes = {s: 10**9 - 10**6 * n for n, (s, _) in enumerate(tried)}
     monkeypatch.setattr(
         budget, "footprint", lambda build, scheme, s, device: Footprint(sizes[s], 0, 0, 1, 1, 1)
     )
@@ -244,8 +244,30 @@ def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) 
     for chosen, how in tried:
         found, memory, why = budget.choose(of("llama"), SCHEME, settings, "cpu", sizes[chosen])
         assert found == chosen and why.startswith(how) and memory.needed == sizes[chosen]
-    with pytest.raises(ResourceError, match="0.0 GB more than is free"):
+    with pytest.raises(ResourceError, match="needs about 1.0 GB of memory, 0.0 GB more"):
         budget.choose(of("llama"), SCHEME, settings, "cpu", min(sizes.values()) - 1)
+
+
+def test_what_cannot_fit_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a bound that lies below the count of every strategy; one is counted, to say its need."""
+    tried = [s for family in budget.families(SETTINGS, True) for s, _ in family]
+    weights = budget._block_weights(of("llama"))
+    least = {s: budget._floor(s) * weights for s in tried}
+    for s, bound in least.items():
+        assert bound <= budget._counted(of("llama"), SCHEME, s, "cpu").total
+    assert {b // weights for b in least.values()} == {16, 1, 0}
+    counted: list[Training] = []
+    monkeypatch.setattr(
+        budget,
+        "footprint",
+        lambda b, scheme, s, d: counted.append(s) or Footprint(1, 0, 0, 1, 1, 1),
+    )
+    budget.choose(of("llama"), SCHEME, SETTINGS, "cpu", weights)
+    assert {s.train for s in counted} == {"low-rank"}
+    counted.clear()
+    with pytest.raises(ResourceError, match="more than is free"):
+        budget.choose(of("llama"), SCHEME, SETTINGS, "cpu", 0)
+    assert [s.train for s in counted] == ["scales"]
 
 
 def test_where_there_is_plenty_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
