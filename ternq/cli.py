@@ -265,6 +265,8 @@ def pack(
         options.option("--skip", metavar="NAME", help="Layers of such a one to leave dense."),
     ] = None,
     keep_dtype: options.KeepDtype = False,
+    plan: options.RarePlan = False,
+    seed: options.UnusedSeed = None,
     *,
     progress: Progress,
     **settings: Any,
@@ -275,6 +277,7 @@ def pack(
     offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options
     from ternq.pack import pack as verb
+    from ternq.pack import plan as planned
     from ternq.pack import verify as check
 
     if verify is not None:
@@ -289,12 +292,14 @@ def pack(
             "--group-size": group_size,
             "--skip": skip,
             "--keep-dtype": keep_dtype,
+            "--plan": plan,
         }
         if beside := next((name for name, given in others.items() if given), None):
             raise UsageMistake(f"--verify writes nothing: {beside} has no meaning beside it.")
         checked = check(verify, model=model, offline=offline, progress=progress)
         return {"model": str(verify), "out": None, **checked}
-    return verb(
+    make = planned if plan else partial(verb, extra={"made": _made()})
+    return make(
         cast("str", model),
         _path(out),
         format=format,
@@ -304,7 +309,6 @@ def pack(
         options=Options(exact=exact, lossy=lossy, encoding=encoding),
         overwrite=overwrite,
         keep_dtype=keep_dtype,
-        extra={"made": _made()},
         offline=offline,
         progress=progress,
     )
@@ -370,6 +374,7 @@ def evaluate(
         bool, options.option("--no-cache", help="Measure anew what was measured before.")
     ] = False,
     int8_activations: options.Int8Activations = False,
+    plan: options.RarePlan = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -403,10 +408,11 @@ def evaluate(
         dtype=_dtype(dtype),
         cache=None if no_cache else default_folder(),
         samples=settings["html"] is not None,
+        plan=plan,
         progress=progress,
         **_world(device, settings),
     )
-    judged = [row for name in models for row in _judged(gates, name, result)]
+    judged = [] if plan else [row for name in models for row in _judged(gates, name, result)]
     shown = models[0] if len(models) == 1 else models
     return {"seed": seed or 0, **result, "model": shown, "gates": judged}
 

@@ -54,6 +54,7 @@ def evaluate(
     samples: bool = False,
     progress: Progress = ignore,
     jobs: Sequence[Job] = (),
+    plan: bool = False,
 ) -> dict[str, Any]:
     """Measure models: ``{"results": {MODEL: {TASK: {metric: value, samples: n, partial: bool}}}}``.
 
@@ -67,7 +68,8 @@ def evaluate(
     ``baseline`` is a model, or a .json file of ``ternq eval --json``: it adds ``comparison``, with
     differences, ratios, flips and, of a model, divergences. ``cache`` is the folder of kept
     results (None: none are kept). ``samples`` adds texts that the models write, and per-layer
-    diagnostics.
+    diagnostics. ``plan``: everything is checked and loaded, but only the speed of the models is
+    measured: ``expected`` says what each would read and how long it would take.
 
     Raises `RecipeError` for an unknown task and a baseline made with other settings, and
     `InputError` for missing models, texts and data.
@@ -94,6 +96,8 @@ def evaluate(
     run = _Run(jobs, asked, meter, prompts if samples else (), progress)
     if stored:
         run.refuse(str(baseline), stored)
+    if plan:
+        return _expected(meter, [*subjects, *([reference] if reference else [])])
     for subject in subjects:
         for one in (reference, subject):  # a baseline is measured first
             if one is not None:
@@ -260,6 +264,15 @@ class _Run:
                 for p in self._prompts
             ]
         return found | ({"layers": self._layers} if self._layers else {})
+
+
+def _expected(meter: Meter, subjects: Sequence[Subject]) -> dict[str, Any]:
+    found = {}
+    for subject in subjects:
+        found[subject.name] = meter.expected(subject)
+        subject.release()
+    total = sum(part["seconds"] for parts in found.values() for part in parts)
+    return {"plan": True, "results": {}, "expected": found, "seconds": {"total": total}}
 
 
 def _check(limit: Limit, max_length: Any, batch_size: Any, num_fewshot: Any) -> None:

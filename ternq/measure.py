@@ -107,7 +107,8 @@ class Meter:
             if job.efficiency:
                 subject.results[job.name] = self._efficiency(subject)
         kept = {id(part): self._cache.get(self._key(subject, part)) for part in parts}
-        self._expect(subject, [part for part in parts if kept[id(part)] is None])
+        if missing := [part for part in parts if kept[id(part)] is None]:
+            self._say(subject, missing)
         for part in parts:
             found = kept[id(part)]
             if found is None:
@@ -122,6 +123,23 @@ class Meter:
             _only([job.metrics for job in self._jobs if name in job.names], values)
         for suite in self._suites:
             _suite(suite, subject.results)
+
+    def expected(self, subject: Subject) -> list[Values]:
+        """What measuring a model takes: ``{task, what, tokens, seconds}``, and whether it is kept.
+
+        Efficiency is not among it.
+        """
+        kept = [self._cache.get(self._key(subject, part)) is not None for part in self._parts]
+        missing = [part for part, done in zip(self._parts, kept, strict=True) if not done]
+        counts = iter(self._say(subject, missing) if missing else ())
+        found = []
+        for part, done in zip(self._parts, kept, strict=True):
+            tokens, seconds = (0, 0.0) if done else next(counts)
+            found.append(
+                {"task": part.task, "what": part.what, "tokens": tokens, "seconds": seconds}
+                | {"kept": done}
+            )
+        return found
 
     def _parts_of(self, job: Job) -> Iterator[Part]:
         if job.text is not None:
@@ -246,10 +264,11 @@ class Meter:
         own = {"task": part.task, "what": part.what, **part.described}
         return self._about(subject) | asdict(self._asked) | own
 
-    def _expect(self, subject: Subject, parts: Sequence[Part]) -> None:
-        """Say what will be read, and how long that takes at the speed of a short measured pass."""
-        if not parts:
-            return
+    def _say(self, subject: Subject, parts: Sequence[Part]) -> list[tuple[int, float]]:
+        """Say what will be read, and how long that takes at the speed of a short measured pass.
+
+        Returns tokens and seconds of each part.
+        """
         loaded = subject.loaded
         self._check_chat(loaded)
         length = self._asked.length(loaded.model)
@@ -264,6 +283,7 @@ class Meter:
             lines.append(f"  in all about {duration(sum(tokens) / rate)}")
         for line in lines:
             self._progress(Event("expect", line))
+        return [(count, count / rate) for count in tokens]
 
     def _check_chat(self, loaded: Loaded) -> None:
         if self._asked.chat and not _template(loaded):

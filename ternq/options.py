@@ -187,6 +187,9 @@ LogWith = Annotated[
     ),
 ]
 Plan = Annotated[bool, option("--plan", help="Check everything, say what would be done.")]
+RarePlan = Annotated[
+    bool, option("--plan", hidden=True, help="Check everything, say what would be done.")
+]
 Memory = Annotated[
     int | None,
     option(
@@ -252,6 +255,10 @@ Dtype = Annotated[
 Device = Annotated[
     str | None,
     option("--device", metavar="NAME", show_default="cuda, else cpu", help="Where to compute."),
+]
+UnusedSeed = Annotated[
+    int | None,
+    option("--seed", metavar="N", hidden=True, help="For scripts: packing draws nothing."),
 ]
 Seed = Annotated[
     int | None, option("--seed", metavar="N", show_default="0", help="Of everything random.")

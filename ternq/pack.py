@@ -7,6 +7,7 @@ by `ternq.artefact` and proved by `ternq.proof`, others by `ternq.formats`.
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ternq import artefact, checkpoint, formats, hf, intake, proof
+from ternq import artefact, checkpoint, formats, hf, intake, packing, proof
 from ternq.card import card
 from ternq.errors import InputError, RecipeError, ResourceError
 from ternq.formats import Options
@@ -26,7 +27,7 @@ from ternq.source import Source, of_model
 from ternq.weights import embeddings as embeddings_of
 from ternq.weights import stored_dtype, with_file
 
-__all__ = ["Options", "pack", "verify"]
+__all__ = ["Options", "pack", "plan", "verify"]
 
 Measure = Callable[[Path], Mapping[str, Any]]
 """What is measured of a new artefact before it is published; goes into its card and the result."""
@@ -91,6 +92,62 @@ def pack(
             kept |= {"asked_sha256": asked} if asked else {}
             manifest = checkpoint.write_manifest(staged, kept, name)
     return {"out": str(out), "files": manifest["files"], **made}
+
+
+def plan(
+    model: str,
+    out: Path,
+    *,
+    format: str = "ternq",
+    embeddings: str = "keep",
+    group_size: int | None = None,
+    skip: tuple[str, ...] = (),
+    options: Options | None = None,
+    overwrite: bool = False,
+    keep_dtype: bool = False,
+    offline: bool = False,
+    progress: Progress = ignore,
+) -> dict[str, Any]:
+    """What `pack` would write; all is checked that can be without packing, and nothing is written.
+
+    ``seconds`` are of packing and reading back all layers, at the rate of one that is packed here.
+    Raises what `pack` does; of too little room ``fits`` tells.
+    """
+    options = options or Options()
+    _check_request(format, embeddings, keep_dtype, options)
+    checkpoint.check_output(out, overwrite)
+    with _opened(model, group_size, skip, offline, progress) as source:
+        _refuse_input(model, out)
+        _refuse_dense(source, format)
+        needed, free = _room(source, format, options, out)
+        linear = _linear(source)
+        return {
+            "plan": True,
+            "out": str(out),
+            "format": format,
+            "weights": {
+                "parameters": source.parameters,
+                "coverage": linear / source.parameters,
+                "bytes": needed,
+                "bytes_dense_bf16": 2 * source.parameters,
+            },
+            "disk": {"needed": needed, "free": free},
+            "seconds": {"total": _seconds(source, linear)},
+            "dense_layers": [vars(d) for d in _dense(source)],
+            "notes": list(source.notes),
+            "fits": needed <= free,
+            "reason": None if needed <= free else _no_room(needed, free, out),
+        }
+
+
+def _seconds(source: Source, linear: int) -> float:
+    """What packing takes, and reading back, by the first layer."""
+    if not source.modules:
+        return 0.0
+    began = time.monotonic()
+    codes = source.layer(source.modules[0]).codes
+    packing.unpack_base3(packing.pack_base3(codes), codes.shape[1], check=True)
+    return (time.monotonic() - began) * linear / codes.numel()
 
 
 def verify(
@@ -224,7 +281,7 @@ def _foreign(
     """Write another program's format, which its module proves; what is said of it."""
     exported = formats.function(format)(source, folder, options, progress)
     _refuse_rounding(source, options.exact)
-    linear = sum(columns * rows for columns, rows in map(source.size, source.modules))
+    linear = _linear(source)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "format": format,
@@ -293,16 +350,29 @@ def _refuse_input(model: str | Loaded | Source, out: Path) -> None:
 
 def _check_room(source: Source, format: str, options: Options, out: Path) -> None:
     """`ResourceError` if the disk has no room for the output, about."""
-    wide = 32 if options.encoding == "float32" else 16
-    bits = {"ternq": 1.6 + 32 / source.group_size, "dense": wide}.get(format, 5)
-    linear = sum(columns * rows for columns, rows in map(source.size, source.modules))
-    size = int(bits * linear / 8 + wide / 8 * (source.parameters - linear))
-    free = checkpoint.free_disk(out)
+    size, free = _room(source, format, options, out)
     if size > free:
         raise ResourceError(
-            f"{out} takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.",
-            "Free some space, or choose another place with -o.",
+            _no_room(size, free, out), "Free some space, or choose another place with -o."
         )
+
+
+def _no_room(size: int, free: int, out: Path) -> str:
+    return f"{out} takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free."
+
+
+def _room(source: Source, format: str, options: Options, out: Path) -> tuple[int, int]:
+    """Bytes that the output takes, about, and bytes that are free."""
+    wide = 32 if options.encoding == "float32" else 16
+    bits = {"ternq": 1.6 + 32 / source.group_size, "dense": wide}.get(format, 5)
+    linear = _linear(source)
+    size = int(bits * linear / 8 + wide / 8 * (source.parameters - linear))
+    return size, checkpoint.free_disk(out)
+
+
+def _linear(source: Source) -> int:
+    """Weights of the ternary layers."""
+    return sum(columns * rows for columns, rows in map(source.size, source.modules))
 
 
 def _dtype_note(of_model: torch.dtype, stored: torch.dtype) -> str | None:

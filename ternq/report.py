@@ -100,6 +100,9 @@ def markdown_error(payload: Payload, message: str, hint: str | None) -> str:
 
 def tables(payload: Payload) -> Iterator[Table]:
     """What can be compared."""
+    if "expected" in payload:
+        yield Table("What would be measured", ("", "tokens", "time"), [*_expected_rows(payload)])
+        return
     if "plan" in payload:
         yield Table("What would be done", ("", ""), [*_plan_rows(payload)])
         return
@@ -289,22 +292,37 @@ def _next(payload: Payload) -> str:
 
 
 def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
-    """What `ternq.plan.plan` found, each beside what this machine has."""
-    weights, training = payload["weights"], payload["training"]
+    """What a ``plan`` found, each beside what this machine has."""
+    weights = payload["weights"]
     yield "parameters", number(weights["parameters"])
     yield "of them ternary", f"{weights['coverage']:.1%}"
-    yield "bits per weight of linears", f"{weights['bpw_linear']:.3f}"
-    yield "bits per weight of all", f"{weights['bpw_total']:.3f}"
+    if "bpw_linear" in weights:
+        yield "bits per weight of linears", f"{weights['bpw_linear']:.3f}"
+        yield "bits per weight of all", f"{weights['bpw_total']:.3f}"
     yield "artefact", size(weights["bytes"])
-    yield "training", _budget(training)
+    if "training" in payload:
+        yield "training", _budget(payload["training"])
     if payload.get("seconds"):
         parts = payload["seconds"]
-        said = f"{duration(parts['total'])}, {duration(parts['training'])} of it training"
+        said = duration(parts["total"])
+        if "training" in parts:
+            said += f", {duration(parts['training'])} of it training"
         start = f", {duration(parts['start'])} the start" if parts.get("start") else ""
         yield "time", said + start
     for kind in ("memory", "disk"):
+        if kind not in payload:
+            continue
         needed, free = (size(payload[kind][key]) for key in ("needed", "free"))
         yield kind, f"{needed} of {free} free"
+
+
+def _expected_rows(payload: Payload) -> Iterator[tuple[str, str, str]]:
+    """What each model would read, and how long that would take."""
+    for model, parts in payload["expected"].items():
+        for part in parts:
+            took = "measured before" if part["kept"] else duration(part["seconds"])
+            yield f"{model} {part['task']} ({part['what']})", number(part["tokens"]), took
+    yield "in all", "", duration(payload["seconds"]["total"])
 
 
 def _budget(training: Payload) -> str:

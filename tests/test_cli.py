@@ -95,7 +95,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
         verb, usual = VERBS.get(name, (name, {}))
         stand_in = Fake(usual if result is None else result)
         module = types.ModuleType(f"ternq.{verb}")
-        vars(module).update({verb: stand_in, "verify": stand_in})
+        vars(module).update({verb: stand_in, "verify": stand_in, "plan": stand_in})
         monkeypatch.setitem(sys.modules, f"ternq.{verb}", module)
         monkeypatch.setattr("ternq.places.refuse_offline", lambda *_: None)
         return stand_in
@@ -219,8 +219,12 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     assert run("pack run --format gguf --encoding Q4_1 --exact") == 0
     assert verb.args == ("run", Path("run-gguf"))
     assert verb.options["options"] == Options(exact=True, encoding="Q4_1")
+    verb.args = ()
+    assert run("pack run --plan -o packed --seed 3") == 0
+    assert verb.args == ("run", Path("packed")) and "extra" not in verb.options
     assert cli.run(["pack", ""]) == 2
     wrong = ("pack", "pack run --format zip", "pack run --group-size 0", "pack --verify x -o y")
+    wrong += ("pack --verify x --plan",)
     for line in (*wrong, "pack --verify x --skip y", "pack --verify x --format mlx"):
         assert run(line) == 2
 

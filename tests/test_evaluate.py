@@ -245,6 +245,24 @@ def test_activations_of_packed_layers_may_be_rounded(demo: Demo, tmp_path: Path)
     ]
 
 
+def test_a_plan_says_what_would_be_read_and_measures_nothing(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    model = tiny.loaded()
+    asked: dict[str, Any] = {"tasks": ["wikitext", "piqa"], "data_dir": data_dir, "limit": 3,
+                             "cache": tmp_path / "kept"}  # fmt: skip
+    planned = evaluate([model], plan=True, **asked)
+    assert planned["results"] == {} and planned["plan"]
+    (parts,) = planned["expected"].values()
+    assert [part["task"] for part in parts] == ["wikitext", "wikitext", "piqa"]
+    assert all(part["seconds"] > 0 and not part["kept"] for part in parts)
+    assert planned["seconds"]["total"] == pytest.approx(sum(p["seconds"] for p in parts))
+    (made,) = evaluate([model], **asked)["results"].values()
+    assert parts[0]["tokens"] == made["wikitext"]["tokens"]
+    (again,) = evaluate([model], plan=True, **asked)["expected"].values()
+    assert all(part["kept"] and part["tokens"] == 0 for part in again)
+
+
 def test_only_the_metric_asked_for(data_dir: Path) -> None:
     own = evaluate([tiny.loaded()], tasks=["piqa:acc_norm"], data_dir=data_dir, limit=4)
     assert set(own["results"]["tiny"]["piqa"]) == {

@@ -25,7 +25,7 @@ from ternq.errors import InputError, RecipeError, ResourceError, VerificationErr
 from ternq.hf import Loaded
 from ternq.linear import packed_layers, prepare, ternary_layers
 from ternq.modeling_ternq import PackedLinear
-from ternq.pack import Options, pack, verify
+from ternq.pack import Options, pack, plan, verify
 from ternq.packing import pack_base3
 from ternq.progress import Event
 from ternq.recipe import Scheme
@@ -284,6 +284,27 @@ def test_output_that_exists_or_is_the_input(shared: Path) -> None:
     with pytest.raises(RecipeError, match="the model itself"):
         pack(model, shared, overwrite=True)
     assert verify(shared)["verify"]["ok"]
+
+
+@pytest.mark.parametrize("format", ["ternq", "dense"])
+def test_a_plan_says_what_would_be_written_and_writes_nothing(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    out = tmp_path / "out"
+    found = plan(str(shared), out, format=format)
+    assert nothing_written(tmp_path)
+    made = pack(str(shared), out, format=format)
+    tensors = sum(f["bytes"] for f in made["files"] if f["path"].endswith(".safetensors"))
+    assert found["disk"]["needed"] == pytest.approx(tensors, rel=0.3)  # headers, on a tiny model
+    for key in ("parameters", "coverage", "bytes_dense_bf16"):
+        assert found["weights"][key] == made["weights"][key]
+    assert found["dense_layers"] == made["dense_layers"] and found["fits"]
+    assert found["seconds"]["total"] > 0
+    with pytest.raises(RecipeError, match="exists"):
+        plan(str(shared), out, format=format)
+    monkeypatch.setattr(checkpoint, "free_disk", lambda _: 10)
+    small = plan(str(shared), tmp_path / "other", format=format)
+    assert not small["fits"] and "are free" in small["reason"]
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
