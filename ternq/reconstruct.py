@@ -48,7 +48,8 @@ def reconstruct(
     by raising. A block that did not come nearer is put back to where it began.
     """
     before = mean_distance(block, calls, targets, autocast)
-    settings = replace(settings, lr=settings.reconstruction_lr, scale_lr=None)
+    # all of a block learns, whatever does afterwards: its weights are float here in any case
+    settings = replace(settings, lr=settings.reconstruction_lr, scale_lr=None, train="all")
     learned = optimizer(block, settings)
     parameters = [p for group in learned.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(seed)
