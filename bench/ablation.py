@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ternq import data, hf
+from ternq import data, hf, outlines
 from ternq.linear import prepare
 from ternq.perplexity import token_perplexity
 from ternq.progress import ignore
@@ -56,7 +56,7 @@ def run(name: str, teacher: hf.Loaded, dev: torch.Tensor, base: Training, seed: 
     training = replace(base, **settings)
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     prepare(student, replace(Scheme(), **scheme), training.ste)
-    length = hf.max_length(student)
+    length = outlines.max_length(student)
     untrained = token_perplexity(student, dev, length)["token_perplexity"]
     texts = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,9 @@ def main() -> None:
     teacher.model.requires_grad_(False)
     documents = list(data.read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
     dev = torch.tensor([i for d in data.encode(documents, teacher.tokenizer) for i in d])
-    full = token_perplexity(teacher.model, dev, hf.max_length(teacher.model))["token_perplexity"]
+    full = token_perplexity(teacher.model, dev, outlines.max_length(teacher.model))[
+        "token_perplexity"
+    ]
     base = replace(BASE, steps=args.steps, lr=args.lr)
     for name in VARIANTS:
         if not name.startswith(args.only) or (name, args.seed, args.lr, args.steps) in done:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from ternq import hf
+from ternq import outlines
 from ternq.recipe import DEMO_FOLDER, Training
 from ternq.walk import bytes_needed
 from ternq.writer import TensorWriter
@@ -41,7 +41,7 @@ def main() -> None:
             size = checkpoint(model, blocks, args)
             training = Training(calibration=args.calibration, sequence_length=args.length,
                                 reconstruction_epochs=args.epochs)  # fmt: skip
-            estimate = bytes_needed(hf.skeleton(model), training)
+            estimate = bytes_needed(outlines.skeleton(model), training)
             peak, seconds = ternarize(model, Path(work) / "out", args)
         peaks.append(peak)
         print(f"| {blocks} | {size / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {estimate / 1e9:.2f} GB | "
@@ -67,7 +67,7 @@ def checkpoint(folder: Path, blocks: int, args: argparse.Namespace) -> int:
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     ).save_pretrained(folder)
-    state = hf.skeleton(folder).state_dict()
+    state = outlines.skeleton(folder).state_dict()
     layout = {name: (torch.bfloat16, tuple(tensor.shape)) for name, tensor in state.items()}
     generator = torch.Generator().manual_seed(0)
     with TensorWriter(folder, layout, SHARD) as writer:

@@ -116,7 +116,8 @@ def differences(ternq: Scores, lm_eval: Scores) -> tuple[int, list[str]]:
 
 def folder_of(model: str, scratch: Path) -> Path:
     """The model as a folder that both read."""
-    from ternq.hf import load, local_path
+    from ternq.hf import load
+    from ternq.origin import local_path
 
     path = local_path(model)
     if path is None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ternq import data, distill, hf
+from ternq import data, distill, hf, outlines
 from ternq.perplexity import token_perplexity
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Scheme, Training
 
@@ -63,7 +63,7 @@ def measured(run: Path, text: str) -> dict[str, float]:
     loaded = hf.load(str(run))
     documents = list(data.read_documents(str(DEMO_FOLDER / f"{text}.jsonl.xz")))
     ids = torch.tensor([i for d in data.encode(documents, loaded.tokenizer) for i in d])
-    length = hf.max_length(loaded.model)
+    length = outlines.max_length(loaded.model)
     perplexity = token_perplexity(loaded.model, ids, length)["token_perplexity"]
     size = sum(len(document.encode()) for document in documents)
     return {"perplexity": perplexity, "bits_per_byte": math.log2(perplexity) * len(ids) / size}

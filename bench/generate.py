@@ -54,14 +54,14 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
     import torch
     from transformers import AutoTokenizer
 
-    from ternq import hf
+    from ternq import hf, outlines
     from ternq.decoder import load_dtype
     from ternq.perplexity import give_back
     from ternq.proof import dense
     from ternq.recipe import DEMO_FOLDER
 
     torch.set_num_threads(threads)
-    hf.skeleton(DEMO_FOLDER)
+    outlines.skeleton(DEMO_FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(model)
     give_back()
     before = resident()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ternq import hf
+from ternq import hf, outlines
 from ternq.footprint import footprint
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
@@ -114,7 +114,7 @@ def peak(model: str, settings: Training, device: str) -> dict[str, int]:
             made.step = step
             made.one_step()
         found = {"start": start, "training": _highest(device) - bare}
-    return found | counted(hf.blueprint(model), settings, device)
+    return found | counted(outlines.blueprint(model), settings, device)
 
 
 def _now(device: str) -> int:

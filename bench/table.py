@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import hf
+from ternq import hf, origin, outlines
 from ternq.evaluate import evaluate
 from ternq.files import sha256
 from ternq.perplexity import BLOCK, token_perplexity
@@ -134,7 +134,7 @@ def perplexities(model: str, jobs: list[Job], args: argparse.Namespace) -> dict[
     """Token perplexity of every text, of all its blocks or the first of them."""
     dtype = getattr(torch, args.dtype)
     loaded = hf.load(model, device=args.device, dtype=dtype, offline=True)
-    length = min(BLOCK, hf.max_length(loaded.model))
+    length = min(BLOCK, outlines.max_length(loaded.model))
     found = {}
     for job in jobs:
         assert job.text is not None, "the token perplexity was asked for"
@@ -277,7 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="In which perplexity is measured.")
     args = parser.parse_args()
     args.work = args.work.resolve()
-    path = hf.local_path(args.model)
+    path = origin.local_path(args.model)
     files = sorted(path.glob("*.safetensors")) if path and path.is_dir() else [path]
     hashes = [sha256(file) for file in files if file]
     data = [sha256(Path(text.partition("=")[0])) for text in args.data]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import billm, grid, hf, processes, pt2
+from ternq import billm, grid, origin, processes, pt2
 from ternq.calibrate import Found, Layer, compensated_start, put
 from ternq.compensate import Compensated, compensate
 from ternq.errors import InputError, RecipeError
@@ -174,7 +174,7 @@ def dense_source(prepared: Prepared, run: Path) -> tuple[Source, dict[str, Any]]
     whole = replace(prepared.student, kind="run", path=run)
     largest = max(float(p.detach().abs().max()) for p in whole.model.parameters())
     encoding = "float16" if largest <= torch.finfo(torch.float16).max else "bfloat16"
-    source = of_rounded(whole, run / hf.BASE_FOLDER)
+    source = of_rounded(whole, run / origin.BASE_FOLDER)
     return source, {"format": "dense", "options": Options(encoding=encoding)}
 
 

@@ -83,9 +83,9 @@ def choose(
 ) -> tuple[Training, Memory, str]:
     """The first strategy that fits ``free`` bytes (None: what the device has): settings and why.
 
-    ``build`` makes the dense model of the configuration, see `ternq.hf.blueprint`; ``by_blocks``:
-    going block by block from disk is one strategy. Counting takes seconds: unless ``exact``, the
-    first is taken uncounted where there is more than enough.
+    ``build`` makes the dense model of the configuration, see `ternq.outlines.blueprint`;
+    ``by_blocks``: going block by block from disk is one strategy. Counting takes seconds: unless
+    ``exact``, the first is taken uncounted where there is more than enough.
 
     Raises:
         ResourceError: none fits; the sentence says how much is missing.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import hf, kernels
+from ternq import kernels, outlines
 from ternq.errors import ResourceError
 from ternq.kernels import native
 from ternq.kernels.packed import PackedWeight
@@ -83,8 +83,8 @@ def load_dtype(config: Any) -> torch.dtype | None:
     It takes less memory than float32, in which the decoder computes all the same.
     """
     kinds = getattr(config, "architectures", None) or ()
-    runs = hf.quantized_by(config) == METHOD and set(kinds) & set(ARCHITECTURES)
-    return hf.dtype_of(config) if runs else None
+    runs = outlines.quantized_by(config) == METHOD and set(kinds) & set(ARCHITECTURES)
+    return outlines.dtype_of(config) if runs else None
 
 
 def obstacle(model: Any, context: int) -> str | None:

@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 
-from ternq import budget, checkpoint, hf, processes, runs, scratch, snapshots, trackers
+from ternq import (
+    budget,
+    checkpoint,
+    hf,
+    origin,
+    outlines,
+    processes,
+    runs,
+    scratch,
+    snapshots,
+    states,
+    trackers,
+)
 from ternq.calibrate import compensated_start
 from ternq.errors import RecipeError
 from ternq.frozen import fold, plain_state
@@ -110,7 +122,7 @@ def begin(
     processes.join(options.get("device", "cpu"))
     record = processes.from_main(lambda: _found(out, resume, overwrite))
     access = {k: bool(options.get(k)) for k in ("offline", "trust_remote_code")}
-    built, device = hf.blueprint(model, **access), options.get("device", "cpu")
+    built, device = outlines.blueprint(model, **access), options.get("device", "cpu")
     recipe, _, notes = processes.from_main(
         lambda: fitting(built, recipe, device, record=record, by_blocks=by_blocks is not None)
     )
@@ -123,7 +135,7 @@ def begin(
 
     def opened() -> dict[str, Any]:
         _open(prepared, out, record, resume, overwrite, device, access["offline"], progress)
-        return hf.read_run(out)
+        return origin.read_run(out)
 
     return prepared, processes.from_main(opened)
 
@@ -173,7 +185,7 @@ def _open(
                 progress(Event("plan", said, level="warning"))
     if record is None:
         student = prepared.student
-        licence = hf.licence(prepared.recipe.model, student.path, offline)
+        licence = origin.licence(prepared.recipe.model, student.path, offline)
         runs.begin(out, prepared.recipe, student, identity, specs, licence)
 
 
@@ -215,7 +227,7 @@ def train_run(
     if steps is None:
         steps = _steps(trainer, progress)
         record |= {"steps": steps}
-    processes.from_main(lambda: checkpoint.write_json(out / hf.RUN_FILE, record))
+    processes.from_main(lambda: checkpoint.write_json(out / origin.RUN_FILE, record))
     trainer.steps = steps
     if recipe.training.cache_teacher:
         trainer.learn_from(_cached(prepared, trainer, out, progress))
@@ -223,11 +235,11 @@ def train_run(
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
     fold(student.model)
-    state = plain_state(student.model, processes.gathered(hf.unique_state(student.model)))
+    state = plain_state(student.model, processes.gathered(states.unique_state(student.model)))
     processes.leave()
     if not processes.is_main():
         return {"model": recipe.model}
-    checkpoint.save_tensors(state, out / hf.STUDENT_FILE)
+    checkpoint.save_tensors(state, out / origin.STUDENT_FILE)
     if trainer.sharded:  # what only all processes together could call
         student.model = hf.load(str(out), device=str(trainer.device)).model
     student.model.eval()
@@ -301,7 +313,7 @@ def _text_read(prepared: Prepared) -> int:
     student, recipe = prepared.student, prepared.recipe
     if student.kind != "run" or student.path is None:
         return 0
-    run = hf.read_run(student.path)
+    run = origin.read_run(student.path)
     before = Recipe.from_json(run["recipe"])
     own, its = recipe.training, before.training
     if (list(prepared.corpus.specs), recipe.seed, own.sequence_length) != (
@@ -324,7 +336,7 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     taken = list(islice(prepared.corpus.blocks, settings.calibration))
     path = out / runs.START_FILE
     if "start" in record and path.is_file():
-        hf.load_state(model, checkpoint.load_tensors(path), str(path))
+        states.load_state(model, checkpoint.load_tensors(path), str(path))
         return
     device = torch.device(prepared.device)
     reconstructed = settings.start == "reconstructed"
@@ -341,8 +353,8 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
     for said in record["start"]:
         progress(Event("calibrate", said))
     if processes.is_main():
-        checkpoint.save_tensors(hf.unique_state(model), path)
-        checkpoint.write_json(out / hf.RUN_FILE, record)
+        checkpoint.save_tensors(states.unique_state(model), path)
+        checkpoint.write_json(out / origin.RUN_FILE, record)
 
 
 def _steps(trainer: Trainer, progress: Progress) -> int:

@@ -202,10 +202,12 @@ def _measure(
 ) -> Found:
     import torch
 
-    from ternq import hf
+    from ternq import hf, outlines
     from ternq.recipe import DEMO_FOLDER
 
-    hf.skeleton(DEMO_FOLDER)  # imports transformers' code of models, which is none of the model's
+    outlines.skeleton(
+        DEMO_FOLDER
+    )  # imports transformers' code of models, which is none of the model's
     before, began = resident(), time.perf_counter()
     loaded = hf.load(
         model,
@@ -222,7 +224,7 @@ def _measure(
     found["file_bytes"] = _file_bytes(loaded)
     found["parameter_bytes"] = tensor_bytes(loaded.model)
     asked = (prompt, new)
-    prompt, new = _fitted(prompt, new, hf.max_length(loaded.model))
+    prompt, new = _fitted(prompt, new, outlines.max_length(loaded.model))
     if (prompt, new) != asked:
         said = f"{model} reads {prompt + new} tokens: measured with {prompt} and {new} new ones"
         progress(Event(_STAGE, said, level="warning"))
@@ -396,14 +398,14 @@ def _nvml(device: Any) -> list[Counter]:
 
 def _file_bytes(loaded: Any) -> int:
     """Bytes of the files that a model's tensors were read from."""
-    from ternq import checkpoint, hf
+    from ternq import checkpoint, origin
 
     path: Path | None = loaded.path
     if path is not None and path.is_file():
         return path.stat().st_size
     if path is not None and loaded.kind == "run":
-        return (path / hf.STUDENT_FILE).stat().st_size
-    folder = hf.model_folder(loaded.source, path, offline=True)  # by now it is in the cache
+        return (path / origin.STUDENT_FILE).stat().st_size
+    folder = origin.model_folder(loaded.source, path, offline=True)  # by now it is in the cache
     return sum(file.stat().st_size for file in checkpoint.TensorFolder(folder).files)
 
 

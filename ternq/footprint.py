@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from ternq.corpus import HELD_OUT_TOKENS
 from ternq.frozen import made_on_host
-from ternq.hf import max_length
 from ternq.linear import decoder_blocks, ternary_layers
 from ternq.optimize import take_step
+from ternq.outlines import max_length
 from ternq.perplexity import BLOCK, block_losses, rows_that_fit
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training

@@ -58,7 +58,8 @@ def generate(
     from ternq.decoder import load_dtype
     from ternq.efficiency import tensor_bytes
     from ternq.engines import Job, Stream, run
-    from ternq.hf import load, max_length
+    from ternq.hf import load
+    from ternq.outlines import max_length
     from ternq.sampling import Text
 
     loaded = load(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf, structure
+from ternq import checkpoint, hf, origin, outlines, structure
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.linear import select
 from ternq.modeling_ternq import METHOD, TernqConfig, features
@@ -52,7 +52,7 @@ def opened(
         InputError: it is missing, damaged, or not ternary; the message names layer and row.
     """
     progress(Event("load", f"Opening {model}"))
-    path = hf.local_path(model)
+    path = origin.local_path(model)
     if (group_size or skip) and path is not None and _says_its_layers(path):
         raise RecipeError(
             f"'{model}' says itself which layers are ternary, and in what groups.",
@@ -65,19 +65,19 @@ def opened(
             checkpoint.verify_files(path.parent, checkpoint.EXPORT_MANIFEST)
         with opened_gguf(path) as source:
             yield source
-    elif path is not None and (path / hf.RUN_FILE).is_file():
+    elif path is not None and (path / origin.RUN_FILE).is_file():
         yield open_run(path)
     elif path is not None and (path / checkpoint.MANIFEST).is_file():
         checkpoint.verify_files(path)
         found = open_artefact(path)
         yield replace(found, layer=lambda name: found.layer(name).canonical())
     else:
-        folder = hf.model_folder(model, path, offline)
+        folder = origin.model_folder(model, path, offline)
         yield open_checkpoint(model, folder, group_size, skip, like)
 
 
 def _says_its_layers(path: Path) -> bool:
-    marks = (hf.RUN_FILE, checkpoint.MANIFEST)
+    marks = (origin.RUN_FILE, checkpoint.MANIFEST)
     return path.suffix == ".gguf" or any((path / name).is_file() for name in marks)
 
 
@@ -114,7 +114,7 @@ def open_checkpoint(
             "It takes runs and artefacts of ternq, checkpoints that are ternary by value, BitNet, "
             "and GGUF files of ternary types.",
         )
-    skeleton = hf.skeleton(folder)
+    skeleton = outlines.skeleton(folder)
     names = _names(model, skeleton, tensors, scales=method == _BITNET)
     chosen = select(skeleton, Scheme(group_size=1, skip=skip)).chosen
     if like is not None:
@@ -152,7 +152,7 @@ def open_checkpoint(
         else lambda: hf.load(str(folder), dtype=torch.float32, offline=True).model,
         rounded=rounded,
         notes=notes,
-        about={"base_model": {"name": model, "license": hf.licence(model, folder)}},
+        about={"base_model": {"name": model, "license": origin.licence(model, folder)}},
     )
 
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ternq import harness, hf
+from ternq import harness, outlines
 from ternq.cache import Cache
 from ternq.errors import InputError, RecipeError
 from ternq.hf import Loaded
@@ -44,7 +44,7 @@ class Asked:
 
     def length(self, model: Any) -> int:
         """The longest window, in tokens."""
-        return min(self.max_length, hf.max_length(model))
+        return min(self.max_length, outlines.max_length(model))
 
     def documents(self, job: Job) -> int | None:
         """Documents of a task: all (None), or the first of them."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ternq import artefact, checkpoint, formats, hf, intake, packing, proof
+from ternq import artefact, checkpoint, formats, hf, intake, origin, outlines, packing, proof
 from ternq.card import card
 from ternq.errors import InputError, RecipeError, ResourceError
 from ternq.formats import Options
@@ -185,7 +185,7 @@ def verify(
         skip=(),
         offline=offline,
         progress=progress,
-        like=hf.packed_config(folder),
+        like=outlines.packed_config(folder),
     ) as source:
         return proof.verify(folder, source, progress=progress)
 
@@ -220,7 +220,7 @@ def _opened(
 
 def _digest(model: str | Loaded | Source, *request: Any) -> str | None:
     """What is asked for, of which files (by size and time), as a hash; None without files."""
-    path = hf.local_path(model) if isinstance(model, str) else None
+    path = origin.local_path(model) if isinstance(model, str) else None
     if path is None:
         return None
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -340,7 +340,7 @@ def _refuse_input(model: str | Loaded | Source, out: Path) -> None:
     if isinstance(model, Source):
         path: Path | None = model.base
     else:
-        path = hf.local_path(model) if isinstance(model, str) else model.path
+        path = origin.local_path(model) if isinstance(model, str) else model.path
     where = None if path is None else path.resolve()
     if where is not None and out.resolve() in [where, *where.parents]:
         raise RecipeError(f"{out} holds the model itself.", "Choose another name with -o.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ternq import baseline, budget, checkpoint, hf, scratch
+from ternq import baseline, budget, checkpoint, outlines, scratch
 from ternq.corpus import HELD_OUT_TOKENS
 from ternq.linear import rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
@@ -56,7 +56,7 @@ def plan(
     scratch.check(recipe, teacher)
     checkpoint.check_output(out, overwrite)
     resident, starting = budget.resident(), budget.age()
-    built = hf.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
+    built = outlines.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
     recipe, counted, notes = fitting(built, recipe, device, memory, by_blocks=by_blocks, exact=True)
     assert counted is not None, "it is where no run is gone on with"
@@ -64,7 +64,7 @@ def plan(
         student, selection = student_of(
             built(), built.scheme or recipe.scheme, recipe.training, built()
         )
-    weights = weights_summary(student, stored_dtype(hf.dtype_of(built.config)))
+    weights = weights_summary(student, stored_dtype(outlines.dtype_of(built.config)))
     disk, free = _disk(weights, counted, recipe), checkpoint.free_disk(out)
     found: dict[str, Any] = {
         "model": model,
@@ -105,7 +105,7 @@ def _times(
     prepared.settle()
     student = prepared.student.model
     teacher = prepared.teacher and prepared.teacher.model
-    length = min(BLOCK, hf.max_length(student))
+    length = min(BLOCK, outlines.max_length(student))
     with torch.no_grad():
         reading = tokens_per_second(student.eval(), length)
         passes = (PASSES - 1) / reading

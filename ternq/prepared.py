@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, optimize, processes, scratch
+from ternq import budget, checkpoint, hf, optimize, origin, outlines, processes, scratch, states
 from ternq import corpus as corpora
 from ternq.errors import InputError, RecipeError
 from ternq.frozen import arrange, made_on_host
@@ -107,8 +107,8 @@ def prepare_run(
     rule = group_rule(selection, recipe.scheme.group_size)
     if rule and recipe.scheme.method != "absmean":
         notes.append(rule)
-    recipe = replace(recipe, base=hf.fingerprint(base.model), version=ternq.__version__)
-    taught = "" if big is None else recipe.base if big is base else hf.fingerprint(big.model)
+    recipe = replace(recipe, base=states.fingerprint(base.model), version=ternq.__version__)
+    taught = "" if big is None else recipe.base if big is base else states.fingerprint(big.model)
     writer = big or student
     specs, note = text_of(writer, recipe.training.data, record, offline)
     notes += [note] if note else []
@@ -150,7 +150,7 @@ def text_of(
 
 
 def fitting(
-    built: hf.Blueprint,
+    built: outlines.Blueprint,
     recipe: Recipe,
     device: str,
     memory: int | None = None,
@@ -168,7 +168,7 @@ def fitting(
     notes: list[str] = []
     ternary = built.scheme is not None
     training = with_start(recipe, ternary)
-    longest = hf.max_length(built)
+    longest = outlines.max_length(built)
     if training.sequence_length > longest:
         notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
         training = replace(training, sequence_length=longest)
@@ -218,7 +218,7 @@ def _recorded_base(base: hf.Loaded) -> str | None:
     if base.path is None:
         return None
     if base.kind == "run":
-        record = hf.read_run(base.path)
+        record = origin.read_run(base.path)
     elif (base.path / checkpoint.MANIFEST).is_file():
         record = checkpoint.read_manifest(base.path)
     else:  # an artefact that was loaded and saved again
@@ -232,7 +232,7 @@ def _recorded_base(base: hf.Loaded) -> str | None:
 
 def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe]:
     """The layers that are ternary already, as layers in training; the scheme is theirs."""
-    hf.undo_int8(student.model)
+    states.undo_int8(student.model)
     for name, layer in packed_layers(student.model).items():
         new = TernaryLinear.from_packed(layer, recipe.training.ste)
         student.model.set_submodule(name, new)
@@ -280,7 +280,7 @@ def perplexity(
     prepared: Prepared, loaded: hf.Loaded, progress: Progress, who: str
 ) -> dict[str, Any]:
     """Token perplexity on the held-out text, as the contract writes it."""
-    length = min(BLOCK, hf.max_length(loaded.model))
+    length = min(BLOCK, outlines.max_length(loaded.model))
     measured = token_perplexity(
         loaded.model, prepared.corpus.held_out, length, progress=progress, stage=f"evaluate {who}"
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import artefact, checkpoint, hf, int8, kernels, packing
+from ternq import artefact, checkpoint, hf, int8, kernels, outlines, packing, states
 from ternq.artefact import Written
 from ternq.errors import InputError, TernqError, VerificationError
 from ternq.linear import packed_layers
@@ -184,7 +184,7 @@ def _different_rows(a: Tensor, b: Tensor) -> str:
 def _check_structure(folder: Path) -> None:
     """Refuse tensors that are not those of the configuration, before any is read."""
     try:
-        hf.check_structure(folder)
+        outlines.check_structure(folder)
     except InputError as error:
         raise VerificationError(error.message, error.hint) from error
 
@@ -234,7 +234,7 @@ def _compare_logits(source: Source, folder: Path, written: Written) -> float | N
 def _probe(model: nn.Module) -> Tensor:
     """Token ids [rows, tokens], the same for every model of one vocabulary."""
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    shape = (_PROBE[0], min(_PROBE[1], hf.max_length(model)))
+    shape = (_PROBE[0], min(_PROBE[1], outlines.max_length(model)))
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -255,7 +255,7 @@ def _max_abs(values: Tensor) -> float:
 
 def dense(model: nn.Module) -> nn.Module:
     """The same model with torch's own layers in the place of the packed ones."""
-    hf.undo_int8(model)
+    states.undo_int8(model)
     for name, layer in packed_layers(model).items():
         codes = packing.unpack_base3(layer.weight, layer.in_features)
         weight = TernaryWeight(codes, layer.weight_scale, layer.weight_shift, layer.group_size)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import ternq
-from ternq import checkpoint, hf
+from ternq import checkpoint, hf, origin
 from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
 from ternq.files import sha256
@@ -32,7 +32,7 @@ from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
 from ternq.snapshots import CHECKPOINTS, METRICS
 from ternq.trackers import LOGS
 
-REPORT = hf.REPORT
+REPORT = origin.REPORT
 OWN_TEXT_FILE = "self.json"
 TEACHER_FOLDER = "teacher"  # what its last block put out (`ternq.teacher`)
 BLOCKS = "blocks"  # finished blocks of a run that goes block by block
@@ -40,8 +40,8 @@ START_FILE = "start.safetensors"  # what a compensated start made, for the drift
 FORMAT = "ternq_run"
 FORMAT_VERSION = 2
 LOCK = ".lock"
-_BEGUN = {OWN_TEXT_FILE, hf.BASE_FOLDER, LOCK}  # all there is if a start was cut off
-_REMOVED = f".{hf.RUN_FILE}.removed"  # instead of run.json while a run is being removed
+_BEGUN = {OWN_TEXT_FILE, origin.BASE_FOLDER, LOCK}  # all there is if a start was cut off
+_REMOVED = f".{origin.RUN_FILE}.removed"  # instead of run.json while a run is being removed
 
 
 @contextlib.contextmanager
@@ -137,14 +137,14 @@ def existing(out: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] 
         RecipeError: something else is there, or a run that must not be gone on with.
         InputError: there is none, and there must be.
     """
-    if (out / hf.RUN_FILE).is_file():
-        if FORMAT not in checkpoint.read_json(out / hf.RUN_FILE):
+    if (out / origin.RUN_FILE).is_file():
+        if FORMAT not in checkpoint.read_json(out / origin.RUN_FILE):
             raise RecipeError(
-                f"'{out}' holds a {hf.RUN_FILE} that is not ternq's.", "Choose another -o."
+                f"'{out}' holds a {origin.RUN_FILE} that is not ternq's.", "Choose another -o."
             )
         if resume is False and not overwrite:
             raise RecipeError(f"'{out}' holds a run.", "Go on with it, or pass --overwrite.")
-        record = hf.read_run(out)
+        record = origin.read_run(out)
         if record[FORMAT] != FORMAT_VERSION and not overwrite:
             raise RecipeError(
                 f"'{out}' is a run of another version of ternq (format {record[FORMAT]}; this one "
@@ -166,7 +166,7 @@ def existing(out: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] 
 def refuse_input(out: Path, sources: list[str | None]) -> None:
     """Refuse an output that is one of the inputs: no input is ever changed."""
     for source in filter(None, sources):
-        path = hf.local_path(source)
+        path = origin.local_path(source)
         if path is not None and path.resolve() == out.resolve():
             raise RecipeError(f"'{out}' holds the model itself.", "Choose another name with -o.")
 
@@ -182,7 +182,7 @@ def begin(
     """Write what there is before the first step; ``run.json`` last."""
     with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        hf.save_base(student, out / hf.BASE_FOLDER)
+        hf.save_base(student, out / origin.BASE_FOLDER)
     record = {
         FORMAT: FORMAT_VERSION,
         "recipe": recipe.to_json(),
@@ -194,7 +194,7 @@ def begin(
     }
     if recipe.training.from_scratch:  # nothing of a base model is in it, nor its licence
         del record["base_model"]
-    checkpoint.write_json(out / hf.RUN_FILE, record)
+    checkpoint.write_json(out / origin.RUN_FILE, record)
 
 
 def identity(
@@ -239,14 +239,14 @@ def changes(record: dict[str, Any], identity: dict[str, Any]) -> list[str]:
 
 def remove(out: Path, *, keep_own_text: bool = False) -> None:
     """Remove what a run wrote, and nothing else; killed on the way, it is `half_removed`."""
-    if (out / hf.RUN_FILE).is_file():
+    if (out / origin.RUN_FILE).is_file():
         with checkpoint.writing(out):
-            (out / hf.RUN_FILE).replace(out / _REMOVED)
-    own = (CHECKPOINTS, hf.BASE_FOLDER, LOGS, TEACHER_FOLDER, BLOCKS)
+            (out / origin.RUN_FILE).replace(out / _REMOVED)
+    own = (CHECKPOINTS, origin.BASE_FOLDER, LOGS, TEACHER_FOLDER, BLOCKS)
     for folder in (out / name for name in own):
         if folder.is_dir():
             shutil.rmtree(folder)
-    names = {hf.STUDENT_FILE, REPORT, METRICS, START_FILE}
+    names = {origin.STUDENT_FILE, REPORT, METRICS, START_FILE}
     names |= set() if keep_own_text else {OWN_TEXT_FILE}
     for path in list(out.iterdir()) if out.is_dir() else []:
         if path.name != _REMOVED and (path.name in names or _leftover(path)):
@@ -258,7 +258,7 @@ def remove(out: Path, *, keep_own_text: bool = False) -> None:
 
 def half_removed(out: Path) -> bool:
     """Whether the removal of a run was cut off here, and is to be gone on with."""
-    return (out / _REMOVED).is_file() and not (out / hf.RUN_FILE).exists()
+    return (out / _REMOVED).is_file() and not (out / origin.RUN_FILE).exists()
 
 
 def _foreign(path: Path) -> bool:
@@ -267,7 +267,7 @@ def _foreign(path: Path) -> bool:
 
 def _leftover(path: Path) -> bool:
     """A file that a killed process was writing under a temporary name."""
-    written = (hf.RUN_FILE, OWN_TEXT_FILE, REPORT, METRICS, hf.STUDENT_FILE, START_FILE)
+    written = (origin.RUN_FILE, OWN_TEXT_FILE, REPORT, METRICS, origin.STUDENT_FILE, START_FILE)
     return path.is_file() and path.name.startswith(tuple(f".{name}." for name in written))
 
 

@@ -22,11 +22,11 @@ import ternq
 from ternq import checkpoint, processes
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
 from ternq.files import renamed, sync
-from ternq.hf import load_state, unique_state
 from ternq.optimize import load_state_tensors, state_tensors
 from ternq.perplexity import free_memory
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import CHECKPOINT as STATE
+from ternq.states import load_state, unique_state
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"

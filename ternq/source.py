@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import absmean, checkpoint, hf, packing, ternary
+from ternq import absmean, checkpoint, hf, origin, outlines, packing, states, ternary
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
@@ -90,14 +90,14 @@ def of_model(loaded: Loaded, base: Path) -> Source:
     layers = ternary_layers(loaded.model)
     if not layers:
         raise not_ternary(loaded.source)
-    parts, state = stored_names(layers), hf.unique_state(loaded.model)
+    parts, state = stored_names(layers), states.unique_state(loaded.model)
     others = {name: tensor for name, tensor in state.items() if name not in parts}
     first = next(iter(layers.values()))
     return Source(
         name=loaded.name,
         base=base,
         config=_model_config(base),
-        skeleton=hf.skeleton(base),
+        skeleton=outlines.skeleton(base),
         modules=tuple(layers),
         others={name: (t.dtype, tuple(t.shape)) for name, t in others.items()},
         group_size=first.group_size,
@@ -112,7 +112,7 @@ def of_model(loaded: Loaded, base: Path) -> Source:
 
 def of_rounded(loaded: Loaded, base: Path) -> Source:
     """A model in memory whose rounded layers are not ternary: a dense one, tensor by tensor."""
-    skeleton, state = hf.skeleton(base), hf.unique_state(loaded.model)
+    skeleton, state = outlines.skeleton(base), states.unique_state(loaded.model)
     held = {f"{n}.weight": skeleton.get_submodule(n) for n in rounded_layers(loaded.model)}
     turned = {name for name, module in held.items() if not isinstance(module, nn.Linear)}
 
@@ -175,10 +175,10 @@ def open_run(folder: Path) -> Source:
     Raises:
         InputError: it is not finished, or damaged.
     """
-    hf.refuse_unfinished(folder)
-    run = hf.read_run(folder)
+    origin.refuse_unfinished(folder)
+    run = origin.read_run(folder)
     scheme = Recipe.from_json(run["recipe"]).scheme
-    tensors = checkpoint.TensorFolder(folder, hf.STUDENT_FILE)
+    tensors = checkpoint.TensorFolder(folder, origin.STUDENT_FILE)
     parts = stored_names(run["modules"])
 
     def layer(name: str) -> TernaryWeight:
@@ -191,9 +191,9 @@ def open_run(folder: Path) -> Source:
 
     return Source(
         name=display_name(run["recipe"]["model"]),
-        base=folder / hf.BASE_FOLDER,
-        config=_model_config(folder / hf.BASE_FOLDER),
-        skeleton=hf.skeleton(folder / hf.BASE_FOLDER),
+        base=folder / origin.BASE_FOLDER,
+        config=_model_config(folder / origin.BASE_FOLDER),
+        skeleton=outlines.skeleton(folder / origin.BASE_FOLDER),
         modules=tuple(run["modules"]),
         others=_shapes(tensors, parts),
         group_size=scheme.group_size,
@@ -213,9 +213,9 @@ def open_artefact(folder: Path) -> Source:
         InputError, VerificationError: it is none, or damaged.
     """
     manifest = checkpoint.read_manifest(folder)
-    hf.check_structure(folder)
-    config = hf.packed_config(folder)
-    skeleton = hf.skeleton(folder)
+    outlines.check_structure(folder)
+    config = outlines.packed_config(folder)
+    skeleton = outlines.skeleton(folder)
     tensors = checkpoint.TensorFolder(folder)
     parts = stored_names(config.modules)
     int8 = {f"{name}.weight" for name in config.int8_modules}
@@ -310,9 +310,9 @@ def _model_config(folder: Path) -> dict[str, Any]:
 
 def _measured(run: Path) -> dict[str, Any]:
     """What `ternq distill` measured of teacher and student, for the card."""
-    if not (run / hf.REPORT).is_file():
+    if not (run / origin.REPORT).is_file():
         return {}
-    report = checkpoint.read_json(run / hf.REPORT)
+    report = checkpoint.read_json(run / origin.REPORT)
     names = {"teacher": str(report.get("model")), "student": "the trained run, before packing"}
     found = {name: report[who] for who, name in names.items() if report.get(who)}
     keys = {"token_perplexity": "perplexity", "word_perplexity": "word_perplexity"}
@@ -344,9 +344,9 @@ def _items(commands: Any) -> list[dict[str, Any]]:
 
 def _recipe(run: Path | None) -> dict[str, Any]:
     """How a run was made, for the manifest and the card."""
-    if run is None or not (run / hf.RUN_FILE).is_file():
+    if run is None or not (run / origin.RUN_FILE).is_file():
         return {}
-    record = hf.read_run(run)
+    record = origin.read_run(run)
     found = {key: record[key] for key in _KEPT if key in record}
     training = found["recipe"].get("training", {}) | {"steps": record.get("steps"), "tokens": None}
     return found | {"recipe": {**found["recipe"], "training": training}}

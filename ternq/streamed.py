@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ternq
-from ternq import checkpoint, hf, packing, runs, stop
+from ternq import checkpoint, hf, origin, outlines, packing, runs, stop
 from ternq import corpus as corpora
 from ternq.calibrate import Started, on, run, start_block, use
 from ternq.errors import RecipeError
@@ -60,7 +60,7 @@ class Streamed(Prepared):
     @property
     def length(self) -> int:
         """Tokens in a block of the held-out text."""
-        longest = min(BLOCK, hf.max_length(self.dense_model.model))
+        longest = min(BLOCK, outlines.max_length(self.dense_model.model))
         return min(longest, len(self.corpus.held_out))
 
 
@@ -97,7 +97,7 @@ def prepare_run(
             "Block by block the model cannot write its own text: it is never whole in memory.",
             "Name a text with --data.",
         )
-    student = replace(loaded, model=hf.skeleton(folder))
+    student = replace(loaded, model=outlines.skeleton(folder))
     selection = prepare(student.model, recipe.scheme, training.ste)
     walk = Walk(model, folder, device)
     progress(Event("load", "Reading the checkpoint once, to know that it is whole"))
@@ -139,11 +139,11 @@ def train_run(
             check(f"Stopped before block {index + 1} of {len(maker.walk.blocks)}")
             maker.make(index)
             record["seconds"] = before + time.monotonic() - began
-            checkpoint.write_json(out / hf.RUN_FILE, record)
+            checkpoint.write_json(out / origin.RUN_FILE, record)
             _say(record, index, len(maker.walk.blocks), progress)
         record |= {who: maker.measured(who) for who in WHO}
         record["start"] = maker.said()
-        checkpoint.write_json(out / hf.RUN_FILE, record)
+        checkpoint.write_json(out / origin.RUN_FILE, record)
     stop.not_polled()
     return _report(prepared, out, record, time.monotonic() - began)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ternq import hf
+from ternq import hf, origin, states
 from ternq.files import sha256
 from ternq.hf import Loaded
 from ternq.kernels import choice
@@ -57,10 +57,10 @@ class Subject:
         """`InputError` where the model cannot be there, before anything is measured of another."""
         if not isinstance(self.model, str):
             return
-        if (path := hf.local_path(self.model)) is not None:
-            hf.refuse_no_model(self.model, path)
+        if (path := origin.local_path(self.model)) is not None:
+            origin.refuse_no_model(self.model, path)
         elif is_offline(self.world.offline):
-            hf.refuse_not_cached(self.model)
+            origin.refuse_not_cached(self.model)
 
     def release(self) -> None:
         """Let go of the live model."""
@@ -115,8 +115,8 @@ class Subject:
 
 def _files(model: str) -> list[Path]:
     """The files that a local model consists of; none for a run, which changes, and on the hub."""
-    path = hf.local_path(model)
-    if path is None or (path / hf.RUN_FILE).is_file():
+    path = origin.local_path(model)
+    if path is None or (path / origin.RUN_FILE).is_file():
         return []
     if path.is_file():
         return [path]
@@ -127,5 +127,5 @@ def _live(loaded: Loaded) -> str:
     """A hash of parameters, configuration and tokenizer."""
     core = getattr(loaded.tokenizer, "backend_tokenizer", None)
     words = core.to_str() if core is not None else str(sorted(loaded.tokenizer.get_vocab()))
-    parts = (hf.fingerprint(loaded.model), loaded.model.config.to_json_string(), words)
+    parts = (states.fingerprint(loaded.model), loaded.model.config.to_json_string(), words)
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -11,16 +11,7 @@ from typing import Any
 
 import torch
 
-from ternq import (
-    baseline,
-    checkpoint,
-    distill,
-    hf,
-    processes,
-    runs,
-    streamed,
-    trackers,
-)
+from ternq import baseline, checkpoint, distill, hf, origin, processes, runs, streamed, trackers
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
@@ -78,7 +69,7 @@ def ternarize(
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
     asked |= {"tasks": list(tasks)} if tasks else {}
     # a command that ended between packing and its report goes on, and packs once more
-    half = (run / hf.RUN_FILE).is_file() and _made(out, asked)
+    half = (run / origin.RUN_FILE).is_file() and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)
     if finished is not None:
         if runs.half_removed(run):

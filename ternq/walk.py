@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import checkpoint, hf
+from ternq import checkpoint, outlines
 from ternq.blocks import Call, Passing, calls_of
 from ternq.errors import InputError
 from ternq.linear import decoder_blocks
@@ -40,7 +40,7 @@ class Walk:
     def __init__(self, source: str, folder: Path, device: str = "cpu") -> None:
         self.source, self.folder, self.device = source, folder, torch.device(device)
         self.tensors = checkpoint.TensorFolder(folder)
-        self.model = hf.skeleton(folder, buffers=True).eval().requires_grad_(False)
+        self.model = outlines.skeleton(folder, buffers=True).eval().requires_grad_(False)
         self.names = self._names()
         self.prefix, self.blocks = decoder_blocks(self.model)
         self._embedding = self.model.get_input_embeddings()
@@ -98,7 +98,7 @@ class Walk:
         return torch.stack(means).cpu()
 
     def fingerprint(self, progress: Progress = ignore) -> str:
-        """`ternq.hf.fingerprint` of the model loaded in float32; reads everything once.
+        """`ternq.states.fingerprint` of the model loaded in float32; reads everything once.
 
         Raises:
             InputError: a value is not finite.
@@ -126,7 +126,7 @@ class Walk:
 
     def _names(self) -> dict[str, str]:
         """Name in the model -> name in the files; tied tensors have one name only."""
-        found = hf.names_in_files(self.model, self.tensors)
+        found = outlines.names_in_files(self.model, self.tensors)
         tied = getattr(self.model, "all_tied_weights_keys", {})
         for name, source in tied.items():
             if name in found and source in found:

@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ternq import checkpoint
 from ternq.artefact import write
-from ternq.hf import skeleton, unique_state
 from ternq.linear import select
 from ternq.modeling_ternq import features
+from ternq.outlines import skeleton
 from ternq.progress import ignore
 from ternq.recipe import Scheme
 from ternq.source import Source
+from ternq.states import unique_state
 from ternq.ternary import TernaryWeight, n_groups
 
 FOLDER = Path(__file__).parent / "golden" / "v1"

@@ -33,7 +33,7 @@ from typing import Any
 import checkpoints
 import torch
 
-from ternq import checkpoint, cli, corpus, hf
+from ternq import checkpoint, cli, corpus, origin
 
 STEPS = 5
 CHANGES = ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync")
@@ -78,7 +78,7 @@ class Runs:
     def outcome(self) -> dict[str, Any]:
         """What a finished run left: bits of weights, metrics, perplexities."""
         folder = self.out.with_name("out.report") if self.verb == "ternarize" else self.out
-        weights = checkpoint.TENSORS if self.verb == "ternarize" else hf.STUDENT_FILE
+        weights = checkpoint.TENSORS if self.verb == "ternarize" else origin.STUDENT_FILE
         report = json.loads((folder / "report.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return {

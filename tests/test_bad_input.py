@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ternq import checkpoint, cli, corpus, files, hf, snapshots
+from ternq import checkpoint, cli, corpus, files, origin, snapshots
 from ternq.writer import write_tensors
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--group-size", "16",
@@ -535,7 +535,7 @@ def test_a_disk_that_safetensors_finds_full(
     payload = ternq("distill", model, "-o", "out", "--data", text, *QUICK)
     refused(payload, 4, "no space is left", out=None)
     assert not snapshots.checkpoints(Path("out"))
-    assert not Path("out", hf.STUDENT_FILE).exists()
+    assert not Path("out", origin.STUDENT_FILE).exists()
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_packed(
@@ -634,7 +634,7 @@ def test_divergence(model: Path, text: Path, ternq: Callable[..., dict[str, Any]
     payload = ternq(*ask)
     assert payload["exit_code"] == 7, payload["error"]
     assert not Path("out").exists()
-    assert not Path("out.run", hf.STUDENT_FILE).exists()
+    assert not Path("out.run", origin.STUDENT_FILE).exists()
 
 
 def test_a_plan_writes_nothing(

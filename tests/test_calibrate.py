@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ternq import calibrate, checkpoint, corpus, distill, hf, runs, stop
+from ternq import calibrate, checkpoint, corpus, distill, origin, runs, states, stop
 from ternq.blocks import BlockOutputs, Call
 from ternq.calibrate import compensated_start
 from ternq.compensate import Compensated, compensate
@@ -143,7 +143,7 @@ def test_another_device_holds_one_block_at_a_time(monkeypatch: pytest.MonkeyPatc
     blocks = decoder_blocks(there)[1]
     assert moves == [(b, where) for b in blocks for where in ("cpu:0", "cpu")]
     compensated_start(here, ids())
-    assert hf.fingerprint(here) == hf.fingerprint(there)
+    assert states.fingerprint(here) == states.fingerprint(there)
 
 
 def test_a_call_goes_to_a_device_with_all_that_is_in_it() -> None:
@@ -162,7 +162,7 @@ def test_it_is_the_same_again_and_leaves_the_mode() -> None:
     compensated_start(other, ids())
     assert one.training
     assert not other.training
-    assert hf.fingerprint(one) == hf.fingerprint(other)
+    assert states.fingerprint(one) == states.fingerprint(other)
     assert all(p.requires_grad for m in ternary_layers(one).values() for p in m.parameters())
 
 
@@ -232,7 +232,8 @@ def test_a_resumed_run_goes_on_from_the_same_start(
     monkeypatch.setattr(distill, "compensated_start", None)  # it is not made a second time
     parts = distill.distill(str(source), tmp_path / "parts", recipe, offline=True, resume=True)
     one, other = (
-        checkpoint.load_tensors(tmp_path / name / hf.STUDENT_FILE) for name in ("whole", "parts")
+        checkpoint.load_tensors(tmp_path / name / origin.STUDENT_FILE)
+        for name in ("whole", "parts")
     )
     assert set(one) == set(other)
     assert all(torch.equal(one[n], other[n]) for n in one)
@@ -272,7 +273,7 @@ def test_training_reads_on_behind_the_text_of_the_calibration(
     assert "Text: goes on behind the 14 blocks that the model has been trained on." in said["notes"]
     assert torch.equal(read[4][0], whole[0][:8])  # of other blocks nothing was read yet
     rates = [
-        checkpoint.read_json(tmp_path / name / hf.RUN_FILE)["recipe"]["training"]["lr"]
+        checkpoint.read_json(tmp_path / name / origin.RUN_FILE)["recipe"]["training"]["lr"]
         for name in ("first", "second")
     ]
     assert rates == [1e-3, 1e-4]  # less where the codes were trained before
@@ -314,10 +315,10 @@ def test_recipes_without_a_field_have_its_default(
         stopping.setattr(stop, "requested", lambda: "SIGTERM")
         with pytest.raises(StoppedError):
             distill.distill(str(source), out, recipe, offline=True)
-    record = checkpoint.read_json(out / hf.RUN_FILE)
+    record = checkpoint.read_json(out / origin.RUN_FILE)
     for name in ("calibration", "rank"):
         del record["recipe"]["training"][name]
-    checkpoint.write_json(out / hf.RUN_FILE, record)
+    checkpoint.write_json(out / origin.RUN_FILE, record)
     distill.distill(str(source), out, recipe, offline=True, resume=True)
     with pytest.raises(RecipeError, match="closed-form there, compensated here"):
         distill.distill(str(source), out, compensated(source, text), offline=True)

@@ -9,7 +9,7 @@ from test_pack import loaded, logits, student, tensors
 from transformers import AutoModelForCausalLM
 
 import ternq  # noqa: F401  registers the quantizer
-from ternq import checkpoint, hf
+from ternq import checkpoint, hf, states
 from ternq.errors import RecipeError, VerificationError
 from ternq.int8 import dequantize_rows, quantize_rows
 from ternq.modeling_ternq import Int8Embedding, Int8Linear
@@ -73,7 +73,7 @@ def test_it_loads_ties_runs_and_saves(made: tuple[Path, Any, Any], tmp_path: Pat
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(second))
     exact = hf.load(str(out), dtype=torch.float32).model
-    hf.undo_int8(model)
+    states.undo_int8(model)
     assert (logits(exact) - logits(model)).abs().max() < 0.1 * logits(model).std() * 5
 
 
@@ -93,7 +93,7 @@ def test_plain_layers_come_back(made: tuple[Path, Any, Any]) -> None:
     out, model, _ = made
     again = hf.load(str(out), dtype=torch.float32).model
     before = logits(again)
-    hf.undo_int8(again)
+    states.undo_int8(again)
     assert torch.allclose(logits(again), before, atol=1e-5)
     embedding, head = again.get_input_embeddings(), again.get_output_embeddings()
     assert type(embedding) is torch.nn.Embedding and type(head) is torch.nn.Linear

@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_train import metrics, trainer
 from together import KIND, SETTINGS, finish
 
-from ternq import checkpoint, cli, hf, processes, snapshots, stop
+from ternq import checkpoint, cli, origin, processes, snapshots, stop
 from ternq.errors import RecipeError, StoppedError
 from ternq.snapshots import METRICS
 
@@ -57,7 +57,7 @@ def same(a: Path, b: Path) -> None:
     for left, right in zip(one, two, strict=True):
         del left["seconds"], right["seconds"]
         assert left == pytest.approx(right, rel=1e-4, abs=1e-6)
-    first, second = (checkpoint.load_tensors(run / hf.STUDENT_FILE) for run in (a, b))
+    first, second = (checkpoint.load_tensors(run / origin.STUDENT_FILE) for run in (a, b))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], rtol=1e-4, atol=1e-5), name

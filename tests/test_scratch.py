@@ -13,7 +13,7 @@ import checkpoints
 import pytest
 import torch
 
-from ternq import checkpoint, cli, corpus, distill, hf, snapshots, stop
+from ternq import checkpoint, cli, corpus, distill, hf, origin, snapshots, states, stop
 from ternq.errors import InputError, RecipeError, StoppedError
 from ternq.linear import AbsmeanLinear, decoder_blocks, prepare, settled, ternary_layers
 from ternq.optimize import optimizer
@@ -104,7 +104,7 @@ def test_trilm_is_trained_packed_and_loaded_the_same(kind: str, text: Path, tmp_
 
 def test_every_scale_of_a_matrix_is_one_number(config: Path, text: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", recipe(config, text, "absmean"))
-    student = checkpoint.load_tensors(tmp_path / "run" / hf.STUDENT_FILE)
+    student = checkpoint.load_tensors(tmp_path / "run" / origin.STUDENT_FILE)
     assert not [name for name in student if "scale" in name or "shift" in name]
     pack(str(tmp_path / "run"), tmp_path / "packed")
     packed = checkpoint.TensorFolder(tmp_path / "packed")
@@ -203,8 +203,8 @@ def test_weights_depend_on_the_seed_alone(config: Path, source: Path) -> None:
     first = hf.drawn(str(config), 0)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.rand(7)
-    assert hf.fingerprint(hf.drawn(str(source), 0).model) == hf.fingerprint(first.model)
-    assert hf.fingerprint(hf.drawn(str(config), 1).model) != hf.fingerprint(first.model)
+    assert states.fingerprint(hf.drawn(str(source), 0).model) == states.fingerprint(first.model)
+    assert states.fingerprint(hf.drawn(str(config), 1).model) != states.fingerprint(first.model)
     weight = first.model.model.layers[0].mlp.up_proj.weight.detach()
     assert float(weight.std()) == pytest.approx(checkpoints.SMALL["initializer_range"], rel=0.1)
     with pytest.raises(InputError, match="holds no safetensors"):
@@ -216,10 +216,10 @@ def test_a_run_and_an_artefact_give_their_configuration(
 ) -> None:
     trained(tmp_path / "run", recipe(config, text, "absmean", steps=1))
     pack(str(tmp_path / "run"), tmp_path / "packed")
-    wanted = hf.fingerprint(hf.drawn(str(config), 0).model)
+    wanted = states.fingerprint(hf.drawn(str(config), 0).model)
     for name in ("run", "packed"):
         drawn = hf.drawn(str(tmp_path / name), 0)
-        assert (drawn.kind, hf.fingerprint(drawn.model)) == ("dense", wanted)
+        assert (drawn.kind, states.fingerprint(drawn.model)) == ("dense", wanted)
 
 
 def test_no_configuration_is_said(tmp_path: Path, config: Path) -> None:
@@ -246,9 +246,11 @@ def test_resumed_is_uninterrupted_to_the_bit(
             with pytest.raises(StoppedError):
                 trained(tmp_path / "parts", made)
     parts = trained(tmp_path / "parts", made)
-    states = [checkpoint.load_tensors(tmp_path / n / hf.STUDENT_FILE) for n in ("whole", "parts")]
-    assert set(states[0]) == set(states[1])
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    one, other = (
+        checkpoint.load_tensors(tmp_path / n / origin.STUDENT_FILE) for n in ("whole", "parts")
+    )
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert parts["student"] == whole["student"]
     lines = (tmp_path / "parts" / snapshots.METRICS).read_text().splitlines()
     assert len({json.loads(line)["step"] for line in lines}) == 6

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ternq import budget, calibrate, checkpoint, corpus, distill, hf, runs, stop, streamed
+from ternq import budget, calibrate, checkpoint, corpus, distill, hf, runs, states, stop, streamed
 from ternq.calibrate import compensated_start
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.footprint import Footprint
@@ -50,7 +50,7 @@ def test_a_walk_computes_what_the_loaded_model_does(
     folder = checkpoints.folder(tmp_path / "m", kind, dtype=dtype, **sharded)
     walk = Walk("m", folder)
     model = hf.load(str(folder), dtype=torch.float32, offline=True).model
-    assert walk.fingerprint() == hf.fingerprint(model)
+    assert walk.fingerprint() == states.fingerprint(model)
     calls = walk.calls(ids(), 1)
     hidden = [call.hidden for call in calls[0]]
     for index in range(len(walk.blocks)):
@@ -155,7 +155,7 @@ def test_a_block_that_comes_no_nearer_stays_as_it_was(rate: float) -> None:
     settings = Training(reconstruction_epochs=1, reconstruction_lr=rate)
     said = compensated_start(model, ids(8), rows=1, reconstruction=settings)
     assert any("2 of 2 blocks came no nearer" in s for s in said)
-    assert hf.fingerprint(model) == hf.fingerprint(plain)
+    assert states.fingerprint(model) == states.fingerprint(plain)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
-from ternq import checkpoint, corpus, data, distill, hf, runs, snapshots, stop, text
+from ternq import checkpoint, corpus, data, distill, hf, origin, runs, snapshots, stop, text
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.progress import Event, ignore
 from ternq.recipe import Recipe
@@ -258,9 +258,9 @@ def test_other_weights_are_refused(option: str, tiny_recipe: Recipe, tmp_path: P
 
 
 def change_record(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    record = checkpoint.read_json(run / hf.RUN_FILE)
+    record = checkpoint.read_json(run / origin.RUN_FILE)
     change(record)
-    checkpoint.write_json(run / hf.RUN_FILE, record)
+    checkpoint.write_json(run / origin.RUN_FILE, record)
 
 
 def test_a_run_of_another_format_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_what_changes_the_last_bits_is_said(tiny_recipe: Recipe, tmp_path: Path)
 def test_a_removal_that_was_cut_off_is_gone_on_with(tiny_recipe: Recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped(tiny_recipe, run)
-    (run / hf.RUN_FILE).rename(run / f".{hf.RUN_FILE}.removed")
+    (run / origin.RUN_FILE).rename(run / f".{origin.RUN_FILE}.removed")
     report = distill.distill(tiny_recipe.model, run, tiny_recipe, offline=True)
     assert len((run / snapshots.METRICS).read_text().splitlines()) == 3
     assert report["training"]["steps"] == 3
@@ -380,7 +380,7 @@ def test_text_that_fails_leaves_a_checkpoint(
     distill.distill(tiny_recipe.model, run, tiny_recipe, offline=True)
     whole = tmp_path / "whole"
     distill.distill(tiny_recipe.model, whole, tiny_recipe, offline=True)
-    found = [checkpoints.contents(folder)[hf.STUDENT_FILE] for folder in (run, whole)]
+    found = [checkpoints.contents(folder)[origin.STUDENT_FILE] for folder in (run, whole)]
     assert found[0] == found[1]
 
 

@@ -11,7 +11,7 @@ import torch
 from test_train import BLOCK, random_blocks, trainer
 from torch import Tensor
 
-from ternq import corpus, distill, hf, runs, stop, teacher
+from ternq import corpus, distill, origin, runs, stop, teacher
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.recipe import Training
 from ternq.teacher import CachedTeacher, TeacherCache, cache_bytes, cached_teacher
@@ -168,7 +168,7 @@ def test_a_run_stopped_and_continued_is_the_same(
     assert (outs[1] / runs.TEACHER_FOLDER).is_dir()
     parts = distill.distill(str(source), outs[1], recipe, offline=True)
     assert parts["student"] == whole["student"]
-    contents = [checkpoints.contents(out)[hf.STUDENT_FILE] for out in outs]
+    contents = [checkpoints.contents(out)[origin.STUDENT_FILE] for out in outs]
     assert contents[0] == contents[1]
     assert not (outs[1] / runs.TEACHER_FOLDER).exists()
     assert any("last block alone" in note for note in parts["notes"])

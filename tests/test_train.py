@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import checkpoint, corpus, distill, hf, schedule, snapshots, stop
+from ternq import checkpoint, corpus, distill, hf, origin, schedule, snapshots, states, stop
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
 from ternq.linear import prepare, ternary_layers
@@ -194,9 +194,9 @@ def test_what_is_trained(tmp_path: Path) -> None:
 def test_teacher_is_untouched_and_the_loss_falls(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=12, lr=3e-3, clip=1.0)
     made.blocks = cycle(list(batch()))
-    before = hf.fingerprint(made.teacher)
+    before = states.fingerprint(made.teacher)
     made.run()
-    assert hf.fingerprint(made.teacher) == before
+    assert states.fingerprint(made.teacher) == before
     assert all(p.grad is None for p in made.teacher.parameters())
     assert made.losses[-1] < 0.9 * made.losses[0]
 
@@ -284,7 +284,7 @@ def test_one_flip_is_counted(tmp_path: Path) -> None:
 
 
 def outcome(folder: Path) -> tuple[dict[str, Tensor], list[float]]:
-    student = checkpoint.load_tensors(folder / hf.STUDENT_FILE)
+    student = checkpoint.load_tensors(folder / origin.STUDENT_FILE)
     return student, [line["loss"] for line in metrics(folder)]
 
 
@@ -421,17 +421,17 @@ def test_divergence_keeps_the_last_checkpoint(
         distill.distill(str(source), tmp_path / "run", recipe, offline=True)
     assert caught.value.exit_code == 7
     assert len(snapshots.checkpoints(tmp_path / "run")) == 1
-    assert not (tmp_path / "run" / hf.STUDENT_FILE).exists()
+    assert not (tmp_path / "run" / origin.STUDENT_FILE).exists()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     name, layer = next(iter(ternary_layers(made.student).items()))
-    before = hf.fingerprint(made.student)
+    before = states.fingerprint(made.student)
     layer.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(DivergenceError, match=name):
         made.one_step()
-    assert hf.fingerprint(made.student) == before
+    assert states.fingerprint(made.student) == before
 
 
 # From ternary models

@@ -13,7 +13,7 @@ from typing import Any
 
 from test_train import trainer
 
-from ternq import checkpoint, hf, processes, stop
+from ternq import checkpoint, origin, processes, states, stop
 from ternq.errors import RecipeError, StoppedError
 from ternq.train import Trainer
 
@@ -24,9 +24,9 @@ KIND = "llama-tied-bias"
 def finish(made: Trainer) -> None:
     """Train to the end; the main process keeps the student."""
     made.run()
-    state = processes.gathered(hf.unique_state(made.student))
+    state = processes.gathered(states.unique_state(made.student))
     if processes.is_main():
-        checkpoint.save_tensors(state, made.folder / hf.STUDENT_FILE)
+        checkpoint.save_tensors(state, made.folder / origin.STUDENT_FILE)
 
 
 def asked_in_the_last(step: int, made: Trainer) -> None:

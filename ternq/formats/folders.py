@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import checkpoint, hf
+from ternq import checkpoint, hf, outlines
 from ternq.errors import RecipeError, VerificationError
 from ternq.formats import Options
 from ternq.progress import Event, Progress
@@ -71,7 +71,7 @@ def begin(source: Source, folder: Path, dtype: torch.dtype) -> Any:
     """Write configuration and base files; returns the empty model that they describe."""
     hf.copy_base(source.base, folder)
     write_config(source, folder, dtype, {})
-    return hf.skeleton(folder)
+    return outlines.skeleton(folder)
 
 
 def write_config(source: Source, folder: Path, dtype: torch.dtype, more: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import checkpoint, hf, structure
+from ternq import checkpoint, hf, outlines, structure
 from ternq.errors import InputError, VerificationError
 from ternq.files import parse_json
 from ternq.formats.gguf_codec import DENSE, KINDS
@@ -123,7 +123,7 @@ def _skeleton(header: Header, base: Path, config: dict[str, Any]) -> Any:
         raise InputError(f"{header.path} is damaged: its configuration has no rms_norm_eps.")
     try:
         structure.check_config(base / "config.json", len(header.tensors))
-        return hf.skeleton(base)
+        return outlines.skeleton(base)
     except (InputError, VerificationError) as error:
         said = error.message.replace(str(base / "config.json"), "its configuration")
         raise InputError(f"{header.path} is damaged: {said.replace(str(base), 'it')}") from error
