@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib import metadata
@@ -129,6 +129,7 @@ def ternarize(
     refuse_scratch(made)
     if plan:
         return _plan(made, _path(out), world | {"overwrite": overwrite, "memory": memory})
+    from ternq.gates import judge_training
     from ternq.ternarize import ternarize as verb
 
     result = verb(
@@ -147,7 +148,7 @@ def ternarize(
         made=_made(),
         **world,
     )
-    judged = _judged_training(gates, model, result) if processes.is_main() else []
+    judged = judge_training(gates, model, result) if processes.is_main() else []
     return {"seed": made.seed, **result, "gates": judged}
 
 
@@ -392,6 +393,7 @@ def evaluate(
     refuse_offline(names, data_dir, settings["offline"])  # before anything is imported
     from ternq.cache import default_folder
     from ternq.evaluate import evaluate as verb
+    from ternq.gates import judge
 
     result = verb(
         models,
@@ -412,7 +414,7 @@ def evaluate(
         progress=progress,
         **_world(device, settings),
     )
-    judged = [] if plan else [row for name in models for row in _judged(gates, name, result)]
+    judged = [] if plan else [row for name in models for row in judge(gates, name, result)]
     shown = models[0] if len(models) == 1 else models
     return {"seed": seed or 0, **result, "model": shown, "gates": judged}
 
@@ -595,52 +597,14 @@ def _gates(settings: Payload) -> list[Any]:
     return parse_gates(**given)
 
 
-def _judged(gates: list[Any], name: str, result: Payload) -> list[Payload]:
-    """Every gate on one model of an evaluation; its size is that of all its files."""
-    from ternq.compare import comparable
-    from ternq.gates import check
-
-    known = result.get("models", {}).get(name, {})
-    weights = known | {"bytes": known.get("file_bytes")}
-    own, base = (result["results"].get(one, {}) for one in (name, result.get("baseline")))
-    rows = check(gates, own, weights, comparable(own, base))
-    return [{**row, "model": name} for row in rows]
-
-
-def _judged_training(gates: list[Any], model: str, result: Payload) -> list[Payload]:
-    """Every gate on a freshly made artefact, its teacher being the baseline."""
-    from ternq.gates import check
-
-    held_out = {
-        who: {"held-out": {"token_perplexity": result[who]["perplexity"]}}
-        for who in ("student", "teacher")
-    }
-    tasks = result.get("results") or {}
-    student = held_out["student"] | tasks.get(str(result.get("out")), {})
-    teacher = held_out["teacher"] | tasks.get(model, {})
-    weights = result["weights"] | {"bytes": _size(result["files"])}
-    return check(gates, student, weights, teacher)
-
-
 def _warn_of_gates(
     gates: Sequence[Any], tasks: Sequence[str], progress: Progress, baseline: bool = True
 ) -> None:
     """Say before the work which gates will fail because what they look at is not measured."""
-    from ternq.suites import expand
+    from ternq.gates import unanswered
 
-    names = {name.partition(":")[0] for name in expand(tuple(tasks))} | {*tasks, "held-out"}
-    for gate in gates:
-        if gate.kind in ("ppl-ratio-above", "acc-drop-above") and not baseline:
-            said = f"--{gate.name} compares with a --baseline, and none is given: it will fail."
-            progress(Event("gates", said, level="warning"))
-        task = gate.task
-        if task and task not in names and not any(task.startswith(f"{name}_") for name in names):
-            said = f"--{gate.name} names '{task}', which is not among --tasks: it will fail."
-            progress(Event("gates", said, level="warning"))
-
-
-def _size(files: Sequence[Mapping[str, Any]]) -> int:
-    return sum(file["bytes"] for file in files)
+    for said in unanswered(gates, tasks, baseline):
+        progress(Event("gates", said, level="warning"))
 
 
 def _standard_input() -> str:

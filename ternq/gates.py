@@ -6,11 +6,13 @@ finite fails, since ``nan > limit`` is false and would let a broken model throug
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ternq.compare import comparable
 from ternq.errors import RecipeError
+from ternq.suites import expand
 
 Kind = Literal["ppl-above", "ppl-ratio-above", "acc-below", "acc-drop-above", "size-above",
                "bpw-above"]  # fmt: skip
@@ -94,6 +96,43 @@ def check(
     without a task that no task can answer fails, with task and value null.
     """
     return [row for gate in gates for row in _rows(gate, results, weights or {}, baseline or {})]
+
+
+def judge(gates: Sequence[Gate], name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every gate on the model ``name`` of an evaluation; its size is that of all its files."""
+    known = result.get("models", {}).get(name, {})
+    weights = known | {"bytes": known.get("file_bytes")}
+    own, base = (result["results"].get(one, {}) for one in (name, result.get("baseline")))
+    return [{**row, "model": name} for row in check(gates, own, weights, comparable(own, base))]
+
+
+def judge_training(
+    gates: Sequence[Gate], model: str, result: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Every gate on a freshly made artefact, its teacher ``model`` being the baseline."""
+    held_out = {
+        who: {"held-out": {"token_perplexity": result[who]["perplexity"]}}
+        for who in ("student", "teacher")
+    }
+    tasks = result.get("results") or {}
+    student = held_out["student"] | tasks.get(str(result.get("out")), {})
+    teacher = held_out["teacher"] | tasks.get(model, {})
+    size = sum(file["bytes"] for file in result["files"])
+    return check(gates, student, result["weights"] | {"bytes": size}, teacher)
+
+
+def unanswered(gates: Sequence[Gate], tasks: Sequence[str], baseline: bool) -> Iterator[str]:
+    """Which gates will fail since what they look at is not measured, in sentences.
+
+    ``tasks`` are those asked for, ``baseline`` whether there is one.
+    """
+    names = {name.partition(":")[0] for name in expand(tuple(tasks))} | {*tasks, "held-out"}
+    for gate in gates:
+        if gate.kind in ("ppl-ratio-above", "acc-drop-above") and not baseline:
+            yield f"--{gate.name} compares with a --baseline, and none is given: it will fail."
+        task = gate.task
+        if task and task not in names and not any(task.startswith(f"{name}_") for name in names):
+            yield f"--{gate.name} names '{task}', which is not among --tasks: it will fail."
 
 
 def passed(rows: Sequence[Mapping[str, Any]]) -> bool:
