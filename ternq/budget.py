@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ternq import processes
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint, roughly
 from ternq.linear import decoder_blocks
 from ternq.optimize import take_step
 from ternq.perplexity import free_memory
+from ternq.processes import Crew
 from ternq.recipe import Scheme, Train, Training
 from ternq.walk import bytes_needed
 
@@ -80,18 +82,21 @@ def choose(
     *,
     by_blocks: bool = False,
     exact: bool = True,
+    crew: Crew | None = None,
 ) -> tuple[Training, Memory, str]:
     """The first strategy that fits ``free`` bytes (None: what the device has): settings and why.
 
     ``build`` makes the dense model of the configuration, see `ternq.outlines.blueprint`;
-    ``by_blocks``: going block by block from disk is one strategy. Counting takes seconds: unless
-    ``exact``, the first is taken uncounted where there is more than enough.
+    ``by_blocks``: going block by block from disk is one strategy. Of a ``crew`` (by default that of
+    this training) each process has such a device. Counting takes seconds: unless ``exact``, the
+    first is taken uncounted where there is more than enough.
 
     Raises:
         ResourceError: none fits; the sentence says how much is missing.
     """
     host = None if free is not None or device.startswith("cpu") else _free("cpu")
     free = _free(device) if free is None else free
+    crew = crew or processes.crew()
     if not exact and not settings.block_by_block:
         plenty = Memory(roughly(build, settings, "there is plenty"), round(free / PLENTY))
         if plenty.fits:
@@ -101,17 +106,18 @@ def choose(
 
     def needs(candidate: Training) -> Memory:
         if candidate not in counted:
-            counted[candidate] = Memory(_counted(build, scheme, candidate, device), free, host)
+            found = _counted(build, scheme, candidate, device, crew)
+            counted[candidate] = Memory(found, free, host)
         return counted[candidate]
 
     weights, last = _block_weights(build), settings
     for family in families(settings, by_blocks):
         (first, _), (last, _) = family[0], family[-1]
-        if free < _floor(last) * weights:
+        if free < _floor(last, crew) * weights:
             continue  # counting takes a while for a large model
         if needs(first).fits or needs(last).fits:  # else nor does what lies between
             found, how = next((s, how) for s, how in family if needs(s).fits)
-            return found, needs(found), _why(how, needs(found))
+            return found, needs(found), _why(how, needs(found), crew)
     needs(last)
     least = min(counted.values(), key=lambda memory: memory.needed)
     hint = "a shorter --sequence-length" + ("" if by_blocks else ", or ternq ternarize")
@@ -173,14 +179,17 @@ def _block_weights(build: Callable[[], Any]) -> int:
         return sum(p.numel() for p in decoder_blocks(build())[1].parameters())
 
 
-def _floor(settings: Training) -> int:
-    """Bytes for each weight of the blocks that training needs at the very least."""
+def _floor(settings: Training, crew: Crew) -> float:
+    """Bytes for each weight of the blocks that one process holds at the very least."""
     if settings.block_by_block:
         return 0
+    teacher = 0 if settings.objective == "ce" or settings.cache_teacher else 1  # in 8 bits
     if settings.train != "all":
-        return 1  # a code
+        once = settings.train == "low-rank" and not settings.calibrated
+        return teacher + (0 if once else 1)  # a code, which is not shared
     plain = (settings.latent, settings.optimizer, settings.offload) == ("float32", "adamw", False)
-    return 16 if plain else 0  # a weight, its gradient, two moments
+    own = 16 if plain else 0  # a weight, its gradient, two moments
+    return teacher + own / (crew.count if crew.sharded else 1)
 
 
 def _changeable(settings: Training) -> bool:
@@ -207,10 +216,10 @@ def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
 
 
 def _counted(
-    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str
+    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str, crew: Crew
 ) -> Footprint:
     if not settings.block_by_block:
-        return footprint(build, scheme, settings, device)
+        return footprint(build, scheme, settings, device, crew)
     with torch.device("meta"):
         skeleton = build()
     everything = sum(p.numel() for p in skeleton.parameters())
@@ -225,8 +234,11 @@ def _said(settings: Training) -> str:
     return said + (", the teacher in 8 bits" if settings.teacher_dtype == "int8" else "")
 
 
-def _why(how: str, memory: Memory) -> str:
+def _why(how: str, memory: Memory, crew: Crew) -> str:
     said = f"{how}: needs about {_gb(memory.needed)} of the {_gb(memory.free)} that are free"
+    if crew.count > 1 and how != BY_BLOCKS:
+        shared = ", which share the parameters" if crew.sharded else ""
+        said += f" on each of {crew.count} devices{shared}"
     if memory.counted.host:
         said += f", and {_gb(memory.counted.host)} of the host's to load it"
     if memory.counted.rough:

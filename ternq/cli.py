@@ -109,6 +109,7 @@ def ternarize(
     log_with: options.LogWith = None,
     plan: options.Plan = False,
     memory: options.Memory = None,
+    devices: options.Devices = None,
     recipe: options.RecipeFile = None,
     preset: options.Preset = "auto",
     keep_dtype: options.KeepDtype = False,
@@ -120,7 +121,7 @@ def ternarize(
     **settings: Any,
 ) -> Payload:
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
-    _refuse_memory(memory, plan)
+    _refuse_without_plan(plan, memory=memory, devices=devices)
     made = _recipe(model, recipe, seed, settings, preset, rounds=True)
     gates = _gates(settings)
     tasks = _names(settings["tasks"])
@@ -128,7 +129,8 @@ def ternarize(
     world = _world(device, settings) | {"progress": progress}
     refuse_scratch(made)
     if plan:
-        return _plan(made, _path(out), world | {"overwrite": overwrite, "memory": memory})
+        others = {"overwrite": overwrite, "memory": memory, "devices": devices}
+        return _plan(made, _path(out), world | others)
     from ternq.gates import judge_training
     from ternq.ternarize import ternarize as verb
 
@@ -169,6 +171,7 @@ def distill(
     log_with: options.LogWith = None,
     plan: options.Plan = False,
     memory: options.Memory = None,
+    devices: options.Devices = None,
     recipe: options.RecipeFile = None,
     teacher: options.Teacher = None,
     preset: options.Preset = "auto",
@@ -179,12 +182,13 @@ def distill(
     **settings: Any,
 ) -> Payload:
     """Train a ternary student of MODEL, or go on where it stopped."""
-    _refuse_memory(memory, plan)
+    _refuse_without_plan(plan, memory=memory, devices=devices)
     made = _recipe(model, recipe, seed, settings, preset)
     refuse_rounding(made)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        others = {"teacher": teacher, "overwrite": overwrite, "memory": memory, "by_blocks": False}
+        others: Payload = {"teacher": teacher, "overwrite": overwrite, "by_blocks": False}
+        others |= {"memory": memory, "devices": devices}
         return _plan(made, _path(out), world | others)
     from ternq.distill import distill as verb
 
@@ -485,10 +489,11 @@ def generate(
 # --- what commands share --------------------------------------------------------------------------
 
 
-def _refuse_memory(memory: Any, plan: bool) -> None:
-    """`UsageMistake` for ``--memory`` without ``--plan``."""
-    if memory is not None and not plan:
-        raise UsageMistake("--memory is of a device that is planned for: it goes with --plan.")
+def _refuse_without_plan(plan: bool, **given: Any) -> None:
+    """`UsageMistake` for options of devices that are planned for, without ``--plan``."""
+    for name, value in given.items():
+        if value is not None and not plan:
+            raise UsageMistake(f"--{name} is of what is planned for: it goes with --plan.")
 
 
 def _recipe(

@@ -26,6 +26,7 @@ from ternq.linear import decoder_blocks, ternary_layers
 from ternq.optimize import take_step
 from ternq.outlines import max_length
 from ternq.perplexity import BLOCK, block_losses, rows_that_fit
+from ternq.processes import Crew
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
@@ -99,20 +100,36 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def footprint(
-    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str
+    build: Callable[[], Any],
+    scheme: Scheme,
+    settings: Training,
+    device: str,
+    crew: Crew | None = None,
 ) -> Footprint:
     """Count one training step of the model that ``build`` makes, in memory of ``device``.
 
-    Models of more than 8 blocks are counted with 4 and 8 of them, and the rest as these differ.
+    Of a ``crew`` every process has its rows of the batch, and one such device; ``host`` is what all
+    take together. Models of more than 8 blocks are counted with 4 and 8 of them, and the rest as
+    these differ.
     """
-    blocks = _depth(build)
+    blocks, crew = _depth(build), crew or Crew()
+    settings = _share(settings, crew.count)
     try:
         if blocks <= EXACT:
-            return _counted(build, scheme, settings, device, blocks)
-        half, whole = (_counted(build, scheme, settings, device, n) for n in (EXACT // 2, EXACT))
+            return _counted(build, scheme, settings, device, blocks, crew)
+        half, whole = (
+            _counted(build, scheme, settings, device, n, crew) for n in (EXACT // 2, EXACT)
+        )
     except RuntimeError as error:  # a model that looks into its tensors, say
         return roughly(build, settings, str(error).strip().partition("\n")[0])
     return _extended(half, whole, EXACT // 2, blocks - EXACT)
+
+
+def _share(settings: Training, count: int) -> Training:
+    """The settings of one process of so many, as far as memory goes."""
+    rows = max(1, settings.batch_size // count)
+    micro = min(settings.micro_batch_size or rows, rows)
+    return replace(settings, batch_size=rows - rows % micro, micro_batch_size=micro)
 
 
 def _extended(a: Footprint, b: Footprint, between: int, more: int) -> Footprint:
@@ -144,7 +161,12 @@ def _depth(build: Callable[[], Any]) -> int:
 
 
 def _counted(
-    build: Callable[[], Any], scheme: Scheme, settings: Training, device: str, blocks: int
+    build: Callable[[], Any],
+    scheme: Scheme,
+    settings: Training,
+    device: str,
+    blocks: int,
+    crew: Crew,
 ) -> Footprint:
     size = settings.micro_batch_size or settings.batch_size
     few = min(settings.batch_size, 2 * size)  # the second adds to the gradients of the first
@@ -186,7 +208,12 @@ def _counted(
         step, alive.peak, before = alive.peak - held, alive.now, alive.now
         with torch.no_grad():
             block_losses(student.eval(), _held_out(student))
-    return Footprint(
+        evaluation = alive.peak - before
+        if crew.sharded:
+            alive.peak = before
+            trainer.objective.train()(ids.expand(size, -1))
+            forward = alive.peak - before
+    found = Footprint(
         weights=weights,
         optimizer=held - weights,
         step=step,
@@ -194,9 +221,34 @@ def _counted(
         trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
         ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
         loading=loading - host,
-        host=host,
+        host=host * crew.count,
         start=start,
-        evaluation=alive.peak - before,
+        evaluation=evaluation,
+    )
+    return _sharded(found, student, teacher, forward, crew.count) if crew.sharded else found
+
+
+def _sharded(whole: Footprint, student: Any, teacher: Any, forward: int, count: int) -> Footprint:
+    """The same where ``count`` processes share the parameters, block by block (FSDP 2).
+
+    The teacher is whole everywhere, and so are codes, which are no parameters. What a step makes
+    whole for a while are two blocks, one of them fetched ahead, and all that lies outside of them;
+    ``forward`` is the peak of a step before there are gradients.
+    """
+    theirs = {id(p) for p in teacher.parameters()} if teacher is not None else set()
+    own = {id(p): p.nbytes for p in student.parameters()}
+    inside = [sum(p.nbytes for p in b.parameters()) for b in decoder_blocks(student)[1]]
+    outside = sum(own.values()) - sum(inside)
+    once = sum(size for key, size in own.items() if key in theirs)  # counted with the teacher
+    gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    kept = whole.weights - (sum(own.values()) - once)
+    step = max(forward, whole.step - gradients) + gradients // count
+    return replace(
+        whole,
+        weights=kept + sum(own.values()) // count,
+        optimizer=whole.optimizer // count,
+        step=step + outside + 2 * max(inside),
+        evaluation=whole.evaluation + outside + 2 * max(inside),
     )
 
 

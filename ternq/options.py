@@ -200,6 +200,16 @@ Memory = Annotated[
         help="With --plan: plan for a device of so much memory.",
     ),
 ]
+Devices = Annotated[
+    int | None,
+    option(
+        "--devices",
+        metavar="N",
+        min=1,
+        hidden=True,
+        help="With --plan: plan for so many, which share the parameters (FSDP 2).",
+    ),
+]
 Documents = Annotated[
     Any,
     option(

@@ -17,6 +17,7 @@ from ternq.corpus import HELD_OUT_TOKENS
 from ternq.linear import rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.prepared import Prepared, fitting, prepare_run
+from ternq.processes import Crew
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
 from ternq.samples import PROMPTS, TOKENS
@@ -40,6 +41,7 @@ def plan(
     overwrite: bool = False,
     by_blocks: bool = True,
     memory: int | None = None,
+    devices: int | None = None,
     device: str = "cpu",
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -48,7 +50,8 @@ def plan(
     """What `ternarize` would make of ``model``: parameters, bits per weight, memory, disk, time.
 
     ``by_blocks``: going block by block is a strategy. ``memory``: bytes of the device that it is
-    planned for; None plans for the one that is here.
+    planned for; None plans for the one that is here. ``devices`` that are many share the parameters
+    (FSDP 2). Time is measured for one device that is here.
 
     Raises:
         ResourceError: no strategy fits; it says how much is missing.
@@ -58,7 +61,10 @@ def plan(
     resident, starting = budget.resident(), budget.age()
     built = outlines.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
-    recipe, counted, notes = fitting(built, recipe, device, memory, by_blocks=by_blocks, exact=True)
+    crew = None if devices is None else Crew(devices, devices > 1)
+    recipe, counted, notes = fitting(
+        built, recipe, device, memory, by_blocks=by_blocks, exact=True, crew=crew
+    )
     assert counted is not None, "it is where no run is gone on with"
     with torch.device("meta"):
         student, selection = student_of(
@@ -78,7 +84,8 @@ def plan(
         "fits": disk <= free,
         "reason": None if disk <= free else f"{(disk - free) / 1e9:.1f} GB of disk are missing.",
     }
-    if memory is None and not recipe.training.block_by_block:
+    here = memory is None and devices is None
+    if here and not recipe.training.block_by_block:
         began = time.monotonic()
         prepared = prepare_run(
             model,

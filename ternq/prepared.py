@@ -157,13 +157,14 @@ def fitting(
     record: dict[str, Any] | None = None,
     by_blocks: bool = False,
     exact: bool = False,
+    crew: processes.Crew | None = None,
 ) -> tuple[Recipe, budget.Memory | None, list[str]]:
     """The recipe with the strategy that fits, and no more positions than the model has.
 
     Nothing is loaded for it. ``by_blocks``: going block by block is one of them; ``exact``: memory
     is counted even where there is plenty. ``memory`` are bytes, by default what the device has
-    free. Returns the memory counted for it (None where ``record`` has the strategy), and what was
-    chosen in words.
+    free; ``crew`` who trains together, by default those who do. Returns the memory counted for it
+    (None where ``record`` has the strategy), and what was chosen in words.
     """
     notes: list[str] = []
     ternary = built.scheme is not None
@@ -180,7 +181,7 @@ def fitting(
         scheme = built.scheme or recipe.scheme
         by_blocks = by_blocks and built.by_blocks
         training, counted, why = budget.choose(
-            built, scheme, training, device, memory, by_blocks=by_blocks, exact=exact
+            built, scheme, training, device, memory, by_blocks=by_blocks, exact=exact, crew=crew
         )
         notes.append(f"Strategy: {why}.")
     else:

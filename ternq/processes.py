@@ -9,6 +9,7 @@ processes meet, since the command line asks here who it is.
 import atexit
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +41,19 @@ def count() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Processes that train together, each with a device; whether they share the parameters."""
+
+    count: int = 1
+    sharded: bool = False
+
+
+def crew() -> Crew:
+    """Those of this training."""
+    return Crew(count(), sharding() is not None)
 
 
 def device_of(name: str) -> str:

@@ -195,7 +195,7 @@ class Trainer:
         batch = self.draw()
         diagnose = self.watch.due(self.step, self.steps)
         before = self.watch.codes() if diagnose else {}
-        values = self.accumulate(processes.share(batch))
+        values = self.accumulate(batch if self.alone else processes.share(batch))
         values = values if self.alone else processes.mean(values)
         norm = self.clip()
         self.watch.check_finite(self.step + 1, values["loss"], norm)

@@ -18,6 +18,7 @@ from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
 from ternq.linear import ternary_layers
 from ternq.plan import plan
+from ternq.processes import Crew
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
@@ -138,6 +139,35 @@ def test_a_start_that_reads_text_is_made_beside_the_models() -> None:
         assert there.host > found["closed-form", "cuda"].host  # the dense weights twice
 
 
+def test_of_many_each_has_its_rows_and_shards_of_what_learns() -> None:
+    settings = replace(SETTINGS, batch_size=8)
+    alone, plain, shared = (
+        footprint(of("llama", 4), SCHEME, settings, "cpu", crew)
+        for crew in (Crew(), Crew(4), Crew(4, sharded=True))
+    )
+    quarter = footprint(of("llama", 4), SCHEME, replace(settings, batch_size=2), "cpu")
+    assert plain == quarter and plain.step < alone.step
+    assert shared.optimizer == plain.optimizer // 4
+    model = of("llama", 4)()
+    theirs = sum(p.nbytes for p in model.parameters())
+    assert theirs < shared.weights < theirs + plain.weights // 4
+    assert shared.total < plain.total
+
+
+def test_strategies_count_on_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one device is too small for all of it, several that share the parameters may do."""
+    given: Any = (of("llama"), SCHEME, replace(SETTINGS, batch_size=8), "cpu")
+    alone = budget.choose(*given, 2**40)[1].needed
+    many = budget.choose(*given, 2**40, crew=Crew(8, sharded=True))[1].needed
+    assert many < alone
+    chosen, _, why = budget.choose(*given, many, crew=Crew(8, sharded=True))
+    assert chosen.train == "all" and "on each of 8 devices, which share the parameters" in why
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert budget.choose(*given, many)[1].needed == many
+
+
 def test_what_does_not_learn_is_held_once() -> None:
     teacher = of("opt")()
     student, _ = student_of(teacher, SCHEME, SETTINGS)
@@ -238,7 +268,7 @@ def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) 
     tried = [s for family in budget.families(settings, False) for s in family]
     sizes = {s: 10**9 - 10**6 * n for n, (s, _) in enumerate(tried)}
     monkeypatch.setattr(
-        budget, "footprint", lambda build, scheme, s, device: Footprint(sizes[s], 0, 0, 1, 1, 1)
+        budget, "footprint", lambda b, scheme, s, device, crew: Footprint(sizes[s], 0, 0, 1, 1, 1)
     )
     monkeypatch.setattr(budget, "MARGIN", 1.0)
     for chosen, how in tried:
@@ -250,17 +280,20 @@ def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_cannot_fit_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a bound that lies below the count of every strategy; one is counted, to say its need."""
-    tried = [s for family in budget.families(SETTINGS, True) for s, _ in family]
+    read = replace(SETTINGS, start="compensated")
+    tried = [f[-1][0] for start in (SETTINGS, read) for f in budget.families(start, True)]
     weights = budget._block_weights(of("llama"))
-    least = {s: budget._floor(s) * weights for s in tried}
-    for s, bound in least.items():
-        assert bound <= budget._counted(of("llama"), SCHEME, s, "cpu").total
-    assert {b // weights for b in least.values()} == {16, 1, 0}
+    for crew, bounds in ((Crew(), {17, 2, 1, 0}), (Crew(2, True), {9, 2, 1, 0})):
+        least = {s: budget._floor(s, crew) for s in tried}
+        for s, bound in least.items():
+            found = budget._counted(of("llama"), SCHEME, s, "cpu", crew)
+            assert bound * weights <= found.total
+        assert set(least.values()) == bounds
     counted: list[Training] = []
     monkeypatch.setattr(
         budget,
         "footprint",
-        lambda b, scheme, s, d: counted.append(s) or Footprint(1, 0, 0, 1, 1, 1),
+        lambda b, scheme, s, d, crew: counted.append(s) or Footprint(1, 0, 0, 1, 1, 1),
     )
     budget.choose(of("llama"), SCHEME, SETTINGS, "cpu", weights)
     assert {s.train for s in counted} == {"low-rank"}
@@ -342,5 +375,6 @@ def test_a_plan_that_cannot_fit_says_what_is_missing(source: Path, text: Path) -
 
 
 def test_memory_goes_with_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["ternarize", "demo", "--memory", "24GB"]) == 2
-    assert "--plan" in capsys.readouterr().err
+    for option in (["--memory", "24GB"], ["--devices", "8"]):
+        assert cli.run(["ternarize", "demo", *option]) == 2
+        assert "--plan" in capsys.readouterr().err

@@ -10,12 +10,15 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from test_train import metrics, trainer
 from together import KIND, SETTINGS, finish
 
 from ternq import checkpoint, cli, origin, processes, snapshots, stop
 from ternq.errors import RecipeError, StoppedError
+from ternq.footprint import footprint
+from ternq.recipe import Scheme, Training
 from ternq.snapshots import METRICS
 
 ENGINES = ["ddp", "fsdp"]
@@ -91,6 +94,23 @@ def test_a_signal_to_one_stops_all_after_the_same_step(folder: Path, engine: str
     assert said == {"Stopped after step 2 of 4 (SIGTERM); a checkpoint is saved."}
     assert [p.name for p in snapshots.checkpoints(run)] == ["step-00000002"]
     assert len((run / METRICS).read_text().splitlines()) == 2  # the main process alone writes
+
+
+def test_what_each_holds_of_shards_is_what_was_counted(folder: Path) -> None:
+    """`ternq.footprint` for two processes, against the tensors that are there."""
+    name, options = checkpoints.CONFIGS[KIND]
+    config = getattr(transformers, name)(**options)
+    found = footprint(
+        lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32),
+        Scheme(group_size=16),
+        Training(**SETTINGS, sequence_length=16, steps=4),
+        "cpu",
+        processes.Crew(2, sharded=True),
+    )
+    for rank in (0, 1):
+        held = checkpoint.read_json(folder / f"fsdp-held-{rank}")
+        assert held["weights"] == pytest.approx(found.weights, rel=0.1)
+        assert held["optimizer"] == pytest.approx(found.optimizer, rel=0.1)
 
 
 def test_parameters_that_get_no_gradient(folder: Path) -> None:

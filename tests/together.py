@@ -29,6 +29,15 @@ def finish(made: Trainer) -> None:
         checkpoint.save_tensors(state, made.folder / origin.STUDENT_FILE)
 
 
+def weights(made: Trainer) -> int:
+    """Bytes that this process holds of teacher and student, each storage once."""
+    models = (made.teacher, made.student)
+    tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
+    tensors += [t for start in made.watch.initial.values() for t in start]
+    local = [processes.local(t) for t in tensors]
+    return sum(s.nbytes() for s in {t.untyped_storage() for t in local})
+
+
 def asked_in_the_last(step: int, made: Trainer) -> None:
     """SIGTERM comes to the last process only, in that step."""
     last = processes.rank() == processes.count() - 1
@@ -40,7 +49,11 @@ def runs(folder: Path, engine: str) -> None:
     made = trainer(folder / engine, KIND, **SETTINGS)
     sharded = [processes.is_sharded(p) for p in made.student.parameters()]
     assert sharded == [engine == "fsdp"] * len(sharded)
+    held = {"weights": weights(made)}
     finish(made)
+    moments = [v for s in made.optimizer.state.values() for v in s.values()]
+    held["optimizer"] = sum(processes.local(v).nbytes for v in moments)
+    checkpoint.write_json(folder / f"{engine}-held-{processes.rank()}", held)
     made = trainer(folder / f"{engine}-stopped", KIND, **SETTINGS)
     polled = stop.requested
     asked_in_the_last(2, made)
