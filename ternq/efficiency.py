@@ -61,7 +61,8 @@ def measure(
 ) -> Found:
     """Load a model in a process of its own, and generate ``new`` tokens after ``prompt`` tokens.
 
-    Greedy, with a cache, by transformers' ``generate``; no token ends it early. Returns:
+    Greedy, with a cache, by transformers' ``generate``; no token ends it early. A model that the
+    native decoder of ``ternq generate`` runs is measured by that as well. Returns:
 
     - ``load_seconds``: of `ternq.hf.load`, checks included; the files may be in the disk's cache;
     - ``file_bytes``: the files that hold tensors;
@@ -69,6 +70,7 @@ def measure(
     - ``resident_bytes``: what loading added to the resident size, ``peak_resident_bytes``: the
       largest of the whole process, ``device_bytes``: the most that tensors took (CUDA only);
     - ``prefill_tokens_per_second``: a median; ``decode_tokens_per_second``: after the first token;
+    - ``native_prefill_tokens_per_second``, ``native_decode_tokens_per_second``: by that decoder;
     - ``energy_joules_per_token``: while decoding, of the processors and their memory, or of the
       GPU on CUDA; absent where the machine does not tell it;
     - ``prompt_tokens``, ``new_tokens``: fewer, and ``partial``, if the model reads no more.
@@ -205,9 +207,7 @@ def _measure(
     from ternq import hf, outlines
     from ternq.recipe import DEMO_FOLDER
 
-    outlines.skeleton(
-        DEMO_FOLDER
-    )  # imports transformers' code of models, which is none of the model's
+    outlines.skeleton(DEMO_FOLDER)  # imports transformers' code, which is none of the model's
     before, began = resident(), time.perf_counter()
     loaded = hf.load(
         model,
@@ -232,6 +232,8 @@ def _measure(
     if loaded.model.device.type == "cuda":
         found["device_bytes"] = torch.cuda.max_memory_allocated(loaded.model.device)
     found["peak_resident_bytes"] = _peak()
+    if dtype in (None, "float32"):
+        found |= _native_speed(loaded.model, prompt, new, int8_activations)
     return found | {"samples": 1, "partial": (prompt, new) != asked}
 
 
@@ -254,12 +256,9 @@ def _fitted(prompt: int, new: int, positions: int) -> tuple[int, int]:
 
 def _speed(model: Any, prompt: int, new: int, progress: Progress) -> Found:
     """Tokens per second of both phases, and the energy of the second."""
-    import torch
 
     model.generation_config = type(model.generation_config)()  # nothing that ends or changes it
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
+    ids = _prompt(model, prompt).to(model.device)
     generated(model, ids, min(new, _WARM_UP), Times())
     seconds = []
     for repetition in range(_PREFILLS):
@@ -277,6 +276,44 @@ def _speed(model: Any, prompt: int, new: int, progress: Progress) -> Found:
     if times.meter is not None:
         found["energy_joules_per_token"] = times.meter.joules / decoded
     return found
+
+
+def _prompt(model: Any, length: int) -> Any:
+    """Random ids ``[1, length]``, the same in every run."""
+    import torch
+
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _native_speed(model: Any, prompt: int, new: int, int8: bool) -> Found:
+    """Both phases by the native decoder; nothing of a model that it does not run."""
+    import torch
+
+    from ternq.decoder import Decoder, obstacle
+
+    if obstacle(model, prompt + new) is not None:
+        return {}
+    ids = _prompt(model, prompt)[0].tolist()
+    threads = torch.get_num_threads()
+    with Decoder(model, prompt + new, int8=int8) as decoder:
+        torch.set_num_threads(1)  # torch's threads spin a while after work, on the decoder's cores
+        try:
+            seconds = []
+            for _ in range(_PREFILLS):
+                began = time.perf_counter()
+                token = int(decoder.logits(ids, 0).argmax())
+                seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for position in range(prompt, prompt + new - 1):
+                token = int(decoder.logits([token], position).argmax())
+            decoding = time.perf_counter() - began
+        finally:
+            torch.set_num_threads(threads)
+    return {
+        "native_prefill_tokens_per_second": prompt / statistics.median(seconds),
+        "native_decode_tokens_per_second": (new - 1) / decoding,
+    }
 
 
 def generated(model: Any, ids: Any, new: int, times: "Times") -> "Times":

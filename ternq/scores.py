@@ -18,6 +18,7 @@ _COSTS = {
     "parameter_bytes": "weights",
     "prefill_tokens_per_second": "prefill, tokens/s",
     "decode_tokens_per_second": "decode, tokens/s",
+    "native_decode_tokens_per_second": "native decode, tokens/s",
     "energy_joules_per_token": "joules a token",
 }
 

@@ -19,7 +19,7 @@ import torch
 from conftest import Demo
 from torch import nn
 
-from ternq import efficiency, hf
+from ternq import efficiency, hf, kernels
 from ternq.efficiency import Meter, Times, measure
 from ternq.errors import (
     InputError,
@@ -59,7 +59,7 @@ def test_the_demo_costs_what_its_configuration_says() -> None:
     assert found["peak_resident_bytes"] > found["resident_bytes"] > 0
     assert 0 < found["load_seconds"] < took
     assert 7 / found["decode_tokens_per_second"] + 16 / found["prefill_tokens_per_second"] < took
-    assert "device_bytes" not in found
+    assert not [key for key in found if key.startswith(("device_", "native_"))]
     stages = [event.stage for event in said if event.message is None]
     assert stages[0] == "efficiency: prefill"
     assert (said[-1].stage, said[-1].done, said[-1].total) == ("efficiency: decode", 8, 8)
@@ -71,6 +71,9 @@ def test_a_packed_model_is_smaller(demo: Demo) -> None:
     assert found["file_bytes"] == sum(f.stat().st_size for f in packed.glob("*.safetensors"))
     assert found["parameter_bytes"] == efficiency.tensor_bytes(hf.load(str(packed)).model)
     assert found["parameter_bytes"] < efficiency.tensor_bytes(hf.load("demo").model)
+    native = [key for key in found if key.startswith("native_")]
+    assert len(native) == (2 if kernels.library() else 0)
+    assert all(found[key] > 0 for key in native)
 
 
 def test_the_type_asked_for_is_that_of_the_weights(tmp_path: Path) -> None:
