@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,13 @@ class Started:
         if found.damping > DAMPING:
             self.damped[name] = found.damping
 
+    def add_all(self, other: "Started") -> None:
+        """Count the layers of another block."""
+        self.errors += other.errors
+        self.dead += other.dead
+        self.damped |= other.damped
+        self.distances += other.distances
+
     def said(self, ids: Tensor) -> list[str]:
         """In sentences, for ids ``[blocks, length]``."""
         count = len(self.errors)
@@ -92,6 +99,16 @@ class Started:
         return said
 
 
+class Kept(Protocol):
+    """Blocks that an earlier command has finished; given again to the bit, and added to."""
+
+    def load(self, index: int, block: nn.Module) -> Started | None:
+        """Make a block what it became, and what was counted in it; None: it is not there."""
+
+    def save(self, index: int, block: nn.Module, found: Started) -> None:
+        """Keep a block that is finished."""
+
+
 @torch.no_grad()
 def compensated_start(
     model: nn.Module,
@@ -105,6 +122,8 @@ def compensated_start(
     reconstruction: Training | None = None,
     seed: int = 0,
     progress: Progress = ignore,
+    check: Callable[..., None] = lambda where="": None,
+    kept: Kept | None = None,
 ) -> list[str]:
     """Give every `TernaryLinear` of a model at its closed-form start the error-compensated one.
 
@@ -112,7 +131,8 @@ def compensated_start(
     ``ids`` ``[blocks, length]`` are the text, ``rows`` blocks at a time. Latent weights, scales and
     shifts change in place. With ``reconstruction`` every block is then trained by these settings.
     Blocks are moved to ``device`` one by one and back, so that it holds no more than one of them.
-    Returns what was done, in sentences.
+    Returns what was done, in sentences. ``check`` is called often and may stop the work by raising;
+    before every block it is told what to say then. Blocks that are ``kept`` are not made again.
 
     Raises:
         InputError: the blocks are not called one after another, or numbers are not finite.
@@ -132,6 +152,7 @@ def compensated_start(
             calls = calls_of(model, blocks, passing, torch.split(ids, rows))
         hidden = dense = [call.hidden.to(place) for call in calls[0]]
         for index, block in enumerate(blocks):
+            check(f"Stopped before block {index + 1} of {len(blocks)} of the start")
             block.to(place)
             calls[index] = [call.to(place) for call in calls[index]]
             now = on(calls[index], hidden)
@@ -140,17 +161,27 @@ def compensated_start(
             if reconstruction is not None:
                 use_latent(own)
                 dense = run(block, on(calls[index], dense), autocast)
-            start_block(
-                block,
-                own,
-                now,
-                done,
-                autocast,
-                dense,
-                rounding=rounding,
-                settings=reconstruction,
-                seed=seed + index,
-            )
+            found = kept.load(index, block) if kept else None
+            if found is None:
+                found = Started()
+                start_block(
+                    block,
+                    own,
+                    now,
+                    found,
+                    autocast,
+                    dense,
+                    rounding=rounding,
+                    settings=reconstruction,
+                    seed=seed + index,
+                    check=check,
+                )
+                if kept:
+                    kept.save(index, block, found)
+            else:
+                for layer in own.values():
+                    use(layer, layer.value())
+            done.add_all(found)
             hidden = run(block, now, autocast)
             calls[index] = []
             for layer in own.values():

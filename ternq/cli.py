@@ -129,6 +129,11 @@ def ternarize(
     world = _world(device, settings) | {"progress": progress}
     refuse_scratch(made)
     if plan:
+        from ternq.ternarize import check
+
+        check(made, embeddings=embeddings, keep_dtype=keep_dtype, tasks=tasks,
+              data_dir=settings["data_dir"], log_with=_names(log_with),
+              offline=settings["offline"])  # fmt: skip
         others = {"overwrite": overwrite, "memory": memory, "devices": devices}
         return _plan(made, _path(out), world | others)
     from ternq.gates import judge_training

@@ -7,11 +7,13 @@ A run is a folder (`ternq.runs`) that can be stopped at any instant and continue
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ternq import (
     budget,
@@ -24,11 +26,13 @@ from ternq import (
     scratch,
     snapshots,
     states,
+    stop,
     trackers,
 )
-from ternq.calibrate import compensated_start
+from ternq.calibrate import Started, compensated_start
 from ternq.errors import RecipeError
 from ternq.frozen import fold, plain_state
+from ternq.linear import decoder_blocks
 from ternq.prepared import Prepared, as_made, fitting, perplexity, prepare_run
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, refuse_rounding
@@ -95,8 +99,8 @@ def distill(
         report["student"] = perplexity(prepared, prepared.student, progress, "student")
         checkpoint.write_json(out / REPORT, report)
         snapshots.drop_all(out)  # only now: a run that stops before it is done goes on from them
-        (out / runs.START_FILE).unlink(missing_ok=True)
-        shutil.rmtree(out / runs.TEACHER_FOLDER, ignore_errors=True)
+        for folder in (runs.START, runs.TEACHER_FOLDER):
+            shutil.rmtree(out / folder, ignore_errors=True)
         return report
 
 
@@ -123,6 +127,7 @@ def begin(
     record = processes.from_main(lambda: _found(out, resume, overwrite))
     access = {k: bool(options.get(k)) for k in ("offline", "trust_remote_code")}
     built, device = outlines.blueprint(model, **access), options.get("device", "cpu")
+    asked = {name: getattr(recipe.training, name) for name in budget.STRATEGY}
     recipe, _, notes = processes.from_main(
         lambda: fitting(built, recipe, device, record=record, by_blocks=by_blocks is not None)
     )
@@ -134,7 +139,7 @@ def begin(
     )
 
     def opened() -> dict[str, Any]:
-        _open(prepared, out, record, resume, overwrite, device, access["offline"], progress)
+        _open(prepared, out, record, asked, resume, overwrite, device, access["offline"], progress)
         return origin.read_run(out)
 
     return prepared, processes.from_main(opened)
@@ -154,6 +159,7 @@ def _open(
     prepared: Prepared,
     out: Path,
     record: dict[str, Any] | None,
+    asked: dict[str, Any],
     resume: bool | None,
     overwrite: bool,
     device: str,
@@ -186,7 +192,7 @@ def _open(
     if record is None:
         student = prepared.student
         licence = origin.licence(prepared.recipe.model, student.path, offline)
-        runs.begin(out, prepared.recipe, student, identity, specs, licence)
+        runs.begin(out, prepared.recipe, student, identity, specs, licence, asked)
 
 
 def train_run(
@@ -204,11 +210,12 @@ def train_run(
     `ternq.ternarize` what became of it in the file. After the last step processes part: what is
     returned is the main one's to go on with.
     """
-    began = time.monotonic()
+    began, check = time.monotonic(), stop.Check(time_limit)
     recipe, student = prepared.recipe, prepared.student
     _read_on(prepared, record, progress)
     if recipe.training.calibrated and prepared.dense:
-        _compensate(prepared, out, record, progress)
+        _compensate(prepared, out, record, check, progress)
+        stop.not_polled()
     prepared.settle()
     record |= processes.from_main(lambda: _measured(prepared, record, progress))
     trainer = Trainer(
@@ -219,7 +226,7 @@ def train_run(
         steps=0,
         folder=out,
         progress=progress,
-        time_limit=time_limit,
+        time_limit=check.left(),
         log_with=log_with,
         seed=recipe.seed,
     )
@@ -230,7 +237,8 @@ def train_run(
     processes.from_main(lambda: checkpoint.write_json(out / origin.RUN_FILE, record))
     trainer.steps = steps
     if recipe.training.cache_teacher:
-        trainer.learn_from(_cached(prepared, trainer, out, progress))
+        trainer.learn_from(_cached(prepared, trainer, out, check, progress))
+        trainer.time_limit = check.left()
     if trainer.restore():
         progress(Event("train", f"Going on after step {trainer.step} of {steps}"))
     trainer.run()
@@ -280,7 +288,9 @@ def _measured(prepared: Prepared, record: dict[str, Any], progress: Progress) ->
     }
 
 
-def _cached(prepared: Prepared, trainer: Trainer, out: Path, progress: Progress) -> CachedTeacher:
+def _cached(
+    prepared: Prepared, trainer: Trainer, out: Path, check: stop.Check, progress: Progress
+) -> CachedTeacher:
     """The teacher's outputs on the text of the run, made or gone on with; its decoder is freed."""
     processes.refuse_many("--cache-teacher")
     assert prepared.teacher is not None, "it is refused without one"
@@ -293,6 +303,7 @@ def _cached(prepared: Prepared, trainer: Trainer, out: Path, progress: Progress)
         TeacherCache(out / runs.TEACHER_FOLDER, key),
         rows=settings.micro_batch_size or settings.batch_size,
         autocast=trainer.objective.autocast,
+        reason=check.reason,
         progress=progress,
     )
 
@@ -326,17 +337,54 @@ def _text_read(prepared: Prepared) -> int:
     return int(run.get("text_from", 0) + calibrated + run.get("steps", 0) * its.batch_size)
 
 
-def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress: Progress) -> None:
-    """The compensated start, or what an earlier command on this run made of it.
+@dataclass(frozen=True)
+class _Start:
+    """The finished blocks of a start, in the run's folder and record (`ternq.calibrate.Kept`)."""
+
+    run: Path
+    record: dict[str, Any]
+
+    def path(self, index: int) -> Path:
+        return self.run / runs.START / f"{index:05d}.safetensors"
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """What was counted in each."""
+        found: list[dict[str, Any]] = self.record.setdefault("start_blocks", [])
+        return found
+
+    def whole(self, blocks: int) -> bool:
+        return len(self.finished) == blocks and all(self.path(i).is_file() for i in range(blocks))
+
+    def load(self, index: int, block: nn.Module) -> Started | None:
+        path = self.path(index)
+        if index >= len(self.finished) or not path.is_file():
+            return None
+        states.load_state(block, checkpoint.load_tensors(path), str(path))
+        return Started(**self.finished[index])
+
+    def save(self, index: int, block: nn.Module, found: Started) -> None:
+        self.finished[index:] = [vars(found)]
+        if processes.is_main():
+            self.path(index).parent.mkdir(exist_ok=True)
+            checkpoint.save_tensors(states.unique_state(block), self.path(index))
+            checkpoint.write_json(self.run / origin.RUN_FILE, self.record)
+
+
+def _compensate(
+    prepared: Prepared, out: Path, record: dict[str, Any], check: stop.Check, progress: Progress
+) -> None:
+    """The start that reads text; blocks that an earlier command on this run made are not made anew.
 
     Training reads on behind the blocks that it is calibrated on: it fits those better than other
     text, so that a training which began with them could only seem to get worse.
     """
     settings, model = prepared.recipe.training, prepared.student.model
     taken = list(islice(prepared.corpus.blocks, settings.calibration))
-    path = out / runs.START_FILE
-    if "start" in record and path.is_file():
-        states.load_state(model, checkpoint.load_tensors(path), str(path))
+    kept, blocks = _Start(out, record), decoder_blocks(model)[1]
+    if "start" in record and kept.whole(len(blocks)):
+        for index, block in enumerate(blocks):
+            kept.load(index, block)
         return
     device = torch.device(prepared.device)
     reconstructed = settings.start == "reconstructed"
@@ -349,11 +397,12 @@ def _compensate(prepared: Prepared, out: Path, record: dict[str, Any], progress:
         reconstruction=settings if reconstructed else None,
         seed=prepared.recipe.seed,
         progress=progress,
+        check=check,
+        kept=kept,
     )
     for said in record["start"]:
         progress(Event("calibrate", said))
     if processes.is_main():
-        checkpoint.save_tensors(states.unique_state(model), path)
         checkpoint.write_json(out / origin.RUN_FILE, record)
 
 

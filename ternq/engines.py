@@ -101,8 +101,7 @@ def _native(job: Job, stream: Stream) -> dict[str, Any]:
             for _ in range(job.count):
                 logits = decoder.logits(ids, position)
                 position += len(ids)
-                if not math.isfinite(float(logits.amax())):  # which is NaN if any is
-                    raise InputError(f"The logits of '{job.loaded.name}' are not finite.")
+                _refuse_not_finite(job, logits)
                 token = job.sampling.draw(logits)
                 stream.put(token)
                 if stream.ended:
@@ -119,12 +118,22 @@ def _native(job: Job, stream: Stream) -> dict[str, Any]:
         }
 
 
+def _refuse_not_finite(job: Job, logits: Tensor) -> None:
+    if not math.isfinite(float(logits.amax())):  # which is NaN if any is
+        raise InputError(f"The logits of '{job.loaded.name}' are not finite.")
+
+
 def _transformers(job: Job, stream: Stream) -> dict[str, Any]:
     model, sampling = job.loaded.model, job.sampling
     ids = torch.tensor([job.ids], device=model.device)
     ends = sorted(stream.ends)
     model.generation_config = type(model.generation_config)()  # what was asked for holds, no more
     how = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+
+    def finite(ids: Tensor, logits: Tensor) -> Tensor:
+        _refuse_not_finite(job, logits)
+        return logits
+
     stream.begin()
     with torch.inference_mode():
         model.generate(
@@ -134,6 +143,7 @@ def _transformers(job: Job, stream: Stream) -> dict[str, Any]:
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
             streamer=_Streamer(stream),
+            logits_processor=[finite],
             **({"do_sample": True, **how} if sampling.temperature else {"do_sample": False}),
         )
     stream.end()

@@ -111,8 +111,8 @@ def judge_training(
 ) -> list[dict[str, Any]]:
     """Every gate on a freshly made artefact, its teacher ``model`` being the baseline."""
     held_out = {
-        who: {"held-out": {"token_perplexity": result[who]["perplexity"]}}
-        for who in ("student", "teacher")
+        who: {"held-out": {"token_perplexity": result[who]["perplexity"]}} if who in result else {}
+        for who in ("student", "teacher")  # neither, where the report of a finished one is gone
     }
     tasks = result.get("results") or {}
     student = held_out["student"] | tasks.get(str(result.get("out")), {})

@@ -91,7 +91,7 @@ class Meter:
         self._jobs, self._suites, self._asked, self._world = jobs, suites, asked, world
         self._cache, self._progress = cache, progress
         for job in jobs:
-            _check_metrics(job)
+            check_metrics(job)
         parts = [part for job in jobs for part in self._parts_of(job)]
         self._parts = list({(part.task, part.what): part for part in parts}.values())
         self._encoded: WeakKeyDictionary[Any, dict[tuple[str, int], Tensor]] = WeakKeyDictionary()
@@ -293,7 +293,7 @@ class Meter:
             )
 
 
-def _check_metrics(job: Job) -> None:
+def check_metrics(job: Job) -> None:
     """`RecipeError` for a metric that a task has not, before anything is measured."""
     leaves = job.task.leaves.values() if job.task else ()
     known = {TOKEN_PERPLEXITY} if job.text is not None else set()

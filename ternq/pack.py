@@ -70,6 +70,7 @@ def pack(
     if asked and not overwrite and (out / name).is_file():
         manifest = checkpoint.read_manifest(out, name)
         if manifest.get("asked_sha256") == asked:
+            checkpoint.verify_files(out, name)  # what is finished must also be whole
             progress(Event("done", f"{out} is finished already, of the same; nothing to do"))
             kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
             return {"out": str(out), **kept}

@@ -14,14 +14,17 @@ import torch
 
 from ternq import baseline, budget, checkpoint, outlines, scratch
 from ternq.corpus import HELD_OUT_TOKENS
+from ternq.errors import RecipeError
 from ternq.linear import rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.prepared import Prepared, fitting, prepare_run
 from ternq.processes import Crew
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
+from ternq.reconstruct import rows_at_once
 from ternq.samples import PROMPTS, TOKENS
 from ternq.student import student_of
+from ternq.teacher import cache_bytes
 from ternq.train import Trainer
 from ternq.weights import stored_dtype, weights_summary
 
@@ -57,6 +60,12 @@ def plan(
         ResourceError: no strategy fits; it says how much is missing.
     """
     scratch.check(recipe, teacher)
+    if devices and recipe.training.batch_size % devices:
+        raise RecipeError(
+            f"--batch-size {recipe.training.batch_size} cannot be shared evenly among {devices} "
+            "devices.",
+            "Name a multiple.",
+        )
     checkpoint.check_output(out, overwrite)
     resident, starting = budget.resident(), budget.age()
     built = outlines.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
@@ -71,7 +80,10 @@ def plan(
             built(), built.scheme or recipe.scheme, recipe.training, built()
         )
     weights = weights_summary(student, stored_dtype(outlines.dtype_of(built.config)))
-    disk, free = _disk(weights, counted, recipe), checkpoint.free_disk(out)
+    training = _training(recipe, None)
+    width = built.config.get_text_config().hidden_size
+    disk = _disk(weights, counted, recipe, training["tokens"] or 0, width)
+    free = checkpoint.free_disk(out)
     found: dict[str, Any] = {
         "model": model,
         "weights": weights,
@@ -79,7 +91,7 @@ def plan(
         "notes": notes,
         "memory": counted.to_json() | {"peak": resident + counted.needed},
         "disk": {"needed": disk, "free": free},
-        "training": _training(recipe, None),
+        "training": training,
         "seconds": None,
         "fits": disk <= free,
         "reason": None if disk <= free else f"{(disk - free) / 1e9:.1f} GB of disk are missing.",
@@ -188,6 +200,11 @@ def _forward(model: Any) -> float:
 def _training(recipe: Recipe, rate: float | None) -> dict[str, Any]:
     """Steps and tokens, where they are named or a rate is known; and how long they take."""
     settings = recipe.training
+    if settings.block_by_block:  # each block by itself
+        rows = rows_at_once(settings, True)
+        made = settings.reconstruction_epochs * -(-settings.calibration // rows)
+        read = settings.reconstruction_epochs * settings.calibration * settings.sequence_length
+        return {"steps": made, "tokens": read, "tokens_per_second": None, "seconds": None}
     named = settings.steps is not None or settings.tokens is not None
     steps = budget.planned_steps(settings, rate or 0.0) if named or rate else None
     tokens = None if steps is None else steps * settings.batch_size * settings.sequence_length
@@ -195,10 +212,16 @@ def _training(recipe: Recipe, rate: float | None) -> dict[str, Any]:
     return {"steps": steps, "tokens": tokens, "tokens_per_second": rate, "seconds": seconds}
 
 
-def _disk(weights: dict[str, Any], counted: budget.Memory, recipe: Recipe) -> int:
-    """Artefact, checkpoints (of which one is on the way), a start that took time, a cache."""
+def _disk(
+    weights: dict[str, Any], counted: budget.Memory, recipe: Recipe, tokens: int, width: int
+) -> int:
+    """Artefact, checkpoints (of which one is on the way), a start that took time, a cache.
+
+    The cache is of ``tokens`` of a teacher whose blocks put out ``width`` channels.
+    """
     settings = recipe.training
     student = 4 * weights["parameters"]
     kept = (settings.keep_checkpoints + 1) * (student + counted.counted.optimizer)
     kept += student if settings.calibrated else 0
+    kept += cache_bytes(tokens, width) if settings.cache_teacher else 0
     return int(weights["bytes"] + (weights["bytes"] if settings.block_by_block else kept))

@@ -24,7 +24,7 @@ from ternq.linear import (
 )
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Scheme, with_rate, with_start
+from ternq.recipe import Recipe, Scheme, Training, defaults, with_rate, with_start
 from ternq.student import student_of
 
 
@@ -185,19 +185,20 @@ def fitting(
         )
         notes.append(f"Strategy: {why}.")
     else:
-        then = Recipe.from_json(record["recipe"]).training
-        training = replace(
-            training,
-            micro_batch_size=training.micro_batch_size or then.micro_batch_size,
-            gradient_checkpointing=training.gradient_checkpointing or then.gradient_checkpointing,
-            train=then.train if training.train == "all" else training.train,
-            teacher_dtype=then.teacher_dtype
-            if training.teacher_dtype == "float32"
-            else training.teacher_dtype,
-            block_by_block=training.block_by_block or then.block_by_block,
-        )
+        training = _as_begun(training, record)
         notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
     return replace(recipe, training=with_rate(training, ternary)), counted, notes
+
+
+def _as_begun(training: Training, record: dict[str, Any]) -> Training:
+    """The training with the strategy that was chosen for a run, where the same is asked for again.
+
+    Where another is asked for, that stays, for the recipes to differ.
+    """
+    then = Recipe.from_json(record["recipe"]).training
+    asked = defaults(Training) | record.get("asked_strategy", {})
+    same = [name for name in budget.STRATEGY if getattr(training, name) == asked[name]]
+    return replace(training, **{name: getattr(then, name) for name in same})
 
 
 def _from_ternary(base: hf.Loaded, teacher: str | None, options: dict[str, Any]) -> hf.Loaded:

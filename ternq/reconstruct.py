@@ -48,8 +48,17 @@ def reconstruct(
     by raising. A block that did not come nearer is put back to where it began.
     """
     before = mean_distance(block, calls, targets, autocast)
-    # all of a block learns, whatever does afterwards: its weights are float here in any case
-    settings = replace(settings, lr=settings.reconstruction_lr, scale_lr=None, train="all")
+    # all of a block learns, by plain AdamW at one rate, whatever is asked of what comes afterwards
+    settings = replace(
+        settings,
+        lr=settings.reconstruction_lr,
+        lr_second=None,
+        scale_lr=None,
+        train="all",
+        optimizer="adamw",
+        latent="float32",
+        offload=False,
+    )
     learned = optimizer(block, settings)
     parameters = [p for group in learned.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(seed)

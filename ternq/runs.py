@@ -2,8 +2,8 @@
 
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
 ``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``logs/`` the trackers', ``self.json`` is
-text that the teacher wrote, ``start.safetensors`` is a start that took calibration, ``teacher/``
-what the teacher put out. A lock in it dies with the process.
+text that the teacher wrote, ``start/`` the blocks of a start that took calibration,
+``teacher/`` what the teacher put out. A lock in it dies with the process.
 Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import ternq
-from ternq import checkpoint, hf, origin
+from ternq import checkpoint, hf, origin, processes
 from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
 from ternq.files import sha256
@@ -36,7 +36,7 @@ REPORT = origin.REPORT
 OWN_TEXT_FILE = "self.json"
 TEACHER_FOLDER = "teacher"  # what its last block put out (`ternq.teacher`)
 BLOCKS = "blocks"  # finished blocks of a run that goes block by block
-START_FILE = "start.safetensors"  # what a compensated start made, for the drift of a resumed run
+START = "start"  # what a start that reads text made, also for the drift of a resumed run
 FORMAT = "ternq_run"
 FORMAT_VERSION = 2
 LOCK = ".lock"
@@ -76,7 +76,7 @@ def locked(
 
 def _lock(path: Path) -> int | None:
     """An open file that is locked until it is closed; None where that cannot be."""
-    if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
+    if sys.platform == "win32" or not processes.is_main():
         return None
     import fcntl
 
@@ -178,8 +178,12 @@ def begin(
     identity: dict[str, Any],
     data: list[str],
     licence: str | None,
+    asked: dict[str, Any],
 ) -> None:
-    """Write what there is before the first step; ``run.json`` last."""
+    """Write what there is before the first step; ``run.json`` last.
+
+    ``asked`` is the strategy before the machine had its say.
+    """
     with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         hf.save_base(student, out / origin.BASE_FOLDER)
@@ -189,6 +193,7 @@ def begin(
         "modules": list(ternary_layers(student.model)),
         "dtype": str(student.dtype).removeprefix("torch."),
         "data": data,
+        "asked_strategy": asked,
         **identity,
         "base_model": {"name": recipe.model, "license": licence},
     }
@@ -242,11 +247,11 @@ def remove(out: Path, *, keep_own_text: bool = False) -> None:
     if (out / origin.RUN_FILE).is_file():
         with checkpoint.writing(out):
             (out / origin.RUN_FILE).replace(out / _REMOVED)
-    own = (CHECKPOINTS, origin.BASE_FOLDER, LOGS, TEACHER_FOLDER, BLOCKS)
+    own = (CHECKPOINTS, origin.BASE_FOLDER, LOGS, TEACHER_FOLDER, BLOCKS, START)
     for folder in (out / name for name in own):
         if folder.is_dir():
             shutil.rmtree(folder)
-    names = {origin.STUDENT_FILE, REPORT, METRICS, START_FILE}
+    names = {origin.STUDENT_FILE, REPORT, METRICS}
     names |= set() if keep_own_text else {OWN_TEXT_FILE}
     for path in list(out.iterdir()) if out.is_dir() else []:
         if path.name != _REMOVED and (path.name in names or _leftover(path)):
@@ -267,7 +272,7 @@ def _foreign(path: Path) -> bool:
 
 def _leftover(path: Path) -> bool:
     """A file that a killed process was writing under a temporary name."""
-    written = (origin.RUN_FILE, OWN_TEXT_FILE, REPORT, METRICS, origin.STUDENT_FILE, START_FILE)
+    written = (origin.RUN_FILE, OWN_TEXT_FILE, REPORT, METRICS, origin.STUDENT_FILE)
     return path.is_file() and path.name.startswith(tuple(f".{name}." for name in written))
 
 

@@ -6,9 +6,13 @@ Ctrl-C. Only the command line installs the handlers: a library leaves its host's
 
 import signal
 import sys
+import time
 from types import FrameType
 
+from ternq import processes
 from ternq.errors import InterruptedByUser, StoppedError, TernqError
+
+TIME_LIMIT = "time limit"
 
 _polled = False
 _request: str | None = None
@@ -62,6 +66,35 @@ def pending() -> str | None:
 def ended(reason: str, said: str, hint: str | None = None) -> TernqError:
     """The error of work that a signal, or another ``reason``, has stopped."""
     return (InterruptedByUser if reason == "SIGINT" else StoppedError)(said, hint)
+
+
+class Check:
+    """Raises when work is to stop, on a signal or ``limit`` seconds from now; call it on the way.
+
+    Of several processes all must call it, and stop together.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._end = None if limit is None else time.monotonic() + limit
+        self._where = "Stopped"
+
+    def __call__(self, where: str | None = None) -> None:
+        """``where`` the work is, for the message of this call and later ones."""
+        self._where = where or self._where
+        if reason := self.reason():
+            said = f"{self._where} ({reason}); finished blocks are kept."
+            raise ended(reason, said, "The same command goes on from there.")
+
+    def reason(self) -> str | None:
+        """Why the work is to stop; None if it is not."""
+        own = requested()
+        if self._end is not None and time.monotonic() >= self._end:
+            own = own or TIME_LIMIT
+        return processes.agreed(own, False)[0]
+
+    def left(self) -> float | None:
+        """Seconds until the limit, at least 0; None where there is none."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

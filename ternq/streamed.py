@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ternq
-from ternq import checkpoint, hf, origin, outlines, packing, runs, stop
+from ternq import checkpoint, hf, origin, outlines, packing, processes, runs, stop
 from ternq import corpus as corpora
 from ternq.calibrate import Started, on, run, start_block, use
 from ternq.errors import RecipeError
@@ -34,7 +34,7 @@ from ternq.reconstruct import rows_at_once
 from ternq.snapshots import METRICS
 from ternq.source import Source, of_stored, stored_names
 from ternq.ternary import TernaryWeight
-from ternq.train import TIME_LIMIT, has_bf16
+from ternq.train import has_bf16
 from ternq.walk import Walk
 
 WHO = ("teacher", "untrained", "student")
@@ -90,7 +90,7 @@ def prepare_run(
         raise RecipeError("Block by block, the teacher is the model itself.", "Leave it out.")
     loaded, folder = hf.outline(model, offline=offline)
     refuse_own_code(loaded)
-    training = recipe.training
+    training, said_of_start = _start(recipe.training)
     specs, note = text_of(loaded, training.data, record, offline)
     if corpora.has_own_text(specs):
         raise RecipeError(
@@ -104,7 +104,7 @@ def prepare_run(
     recipe = replace(
         recipe, training=training, base=walk.fingerprint(progress), version=ternq.__version__
     )
-    notes = list(notes)
+    notes = [*notes, *said_of_start]
     notes += [rule] if (rule := group_rule(selection, recipe.scheme.group_size)) else []
     notes += [note] if note else []
     for said in notes:
@@ -112,6 +112,14 @@ def prepare_run(
     text = corpora.corpus(loaded, recipe, specs, offline=offline, progress=progress, cache=cache)
     text.held_out = text.held_out[: max(2, training.calibration * training.sequence_length)]
     return Streamed(recipe, loaded, student, selection, text, notes, recipe.base, walk=walk)
+
+
+def _start(training: Training) -> tuple[Training, list[str]]:
+    """The training with what ``--start`` means here, and what is to be said of it."""
+    if training.start == "compensated":
+        return replace(training, reconstruction_epochs=0), []
+    said = "Start: block by block it is the reconstructed one; --start closed-form is for a model "
+    return training, [] if training.start == "reconstructed" else [said + "that fits."]
 
 
 def train_run(
@@ -130,9 +138,10 @@ def train_run(
     Raises:
         StoppedError, InterruptedByUser: on request, or at the time limit; the same command goes on.
     """
+    processes.refuse_many("Going block by block")
     began = time.monotonic()
     before = float(record.get("seconds", 0.0))
-    check = _Check(began, time_limit)
+    check = stop.Check(time_limit)
     if "student" not in record:
         maker = _Maker(prepared, out, record, check)
         for index in range(len(maker.walk.blocks)):
@@ -200,22 +209,6 @@ def fits(loaded_bytes: int, device: str) -> bool:
 # --- one block after another ----------------------------------------------------------------------
 
 
-class _Check:
-    """Raises when the work is to stop; called between blocks, layers and epochs."""
-
-    def __init__(self, began: float, limit: float | None) -> None:
-        self._began, self._limit, self._where = began, limit, "Stopped"
-
-    def __call__(self, where: str | None = None) -> None:
-        self._where = where or self._where
-        reason = stop.requested()
-        if self._limit is not None and time.monotonic() - self._began >= self._limit:
-            reason = reason or TIME_LIMIT
-        if reason:
-            said = f"{self._where} ({reason}); finished blocks are kept."
-            raise stop.ended(reason, said, "The same command goes on from there.")
-
-
 class _Maker:
     """The streams of activations, between one block and the next."""
 
@@ -280,10 +273,7 @@ class _Maker:
         """What was done, in sentences."""
         whole = Started()
         for found in self.record["blocks"]:
-            whole.errors += found["errors"]
-            whole.dead += found["dead"]
-            whole.damped |= found["damped"]
-            whole.distances += [tuple(pair) for pair in found["distances"]]
+            whole.add_all(Started(**found))
         return whole.said(self.ids)
 
     def _prefix(self, index: int) -> str:

@@ -12,7 +12,7 @@ found again by the ids of their block, so whoever asks need not know a place in 
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,12 @@ def cached_teacher(
     *,
     rows: int,
     autocast: Any,
+    reason: Callable[[], str | None] = stop.requested,
     progress: Progress = ignore,
 ) -> CachedTeacher:
     """Run the teacher on the next ``count`` blocks, ``rows`` at a time, where they are not kept.
+
+    ``reason`` says why to stop, if that is to be.
 
     Raises:
         ResourceError: the disk has no room; InputError: the text is not that of the shards kept;
@@ -153,7 +156,7 @@ def cached_teacher(
     done = len(cache)
     if done < count:
         _skip(blocks, cache)
-        _fill(model, blocks, count, cache, rows, autocast, progress)
+        _fill(model, blocks, count, cache, rows, autocast, reason, progress)
     return CachedTeacher(model, cache)
 
 
@@ -174,6 +177,7 @@ def _fill(
     cache: TeacherCache,
     rows: int,
     autocast: Any,
+    asked: Callable[[], str | None],
     progress: Progress,
 ) -> None:
     device = model.get_output_embeddings().weight.device
@@ -189,7 +193,7 @@ def _fill(
         kept.append((ids, features))
         done += len(ids)
         progress(Event(STAGE, done=done, total=count))
-        reason = stop.requested() if done < count else None
+        reason = asked() if done < count else None
         if reason or done == count or sum(f.nbytes for _, f in kept) >= SHARD_BYTES:
             cache.add(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
             kept = []

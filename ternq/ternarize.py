@@ -16,7 +16,7 @@ from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
 from ternq.files import renamed
 from ternq.linear import ternary_layers
-from ternq.measure import Limit
+from ternq.measure import Limit, check_metrics
 from ternq.pack import pack
 from ternq.page import page, steps_of
 from ternq.perplexity import give_back
@@ -27,7 +27,7 @@ from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
 from ternq.snapshots import METRICS
-from ternq.tasks import load_jobs
+from ternq.tasks import Job, load_jobs
 from ternq.weights import layer_diagnostics
 
 
@@ -67,7 +67,7 @@ def ternarize(
     run = out.with_name(out.name + ".run")
     asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
     asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
-    asked |= {"tasks": list(tasks)} if tasks else {}
+    asked |= {"tasks": list(tasks), "limit": limit} if tasks else {}
     # a command that ended between packing and its report goes on, and packs once more
     half = (run / origin.RUN_FILE).is_file() and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)
@@ -77,7 +77,7 @@ def ternarize(
                 runs.remove(run)
         progress(Event("done", f"{out} is finished already with this recipe; nothing to do"))
         return finished
-    jobs = load_jobs(tasks, data_dir, offline) if tasks else []
+    jobs = _jobs(tasks, data_dir, offline)
     runs.refuse_input(out, [model])
     checkpoint.check_output(out, overwrite or half)
     with runs.locked(run, resume, overwrite, [model]):
@@ -138,8 +138,9 @@ def ternarize(
                 if loaded is not None:
                     loaded = replace(loaded, name=name)
                     found = evaluate(
-                        [loaded], jobs=jobs, limit=limit, seed=recipe.seed, progress=progress
-                    )
+                        [loaded], tasks=tasks, jobs=jobs, limit=limit, seed=recipe.seed,
+                        progress=progress,
+                    )  # fmt: skip
                     results[name] |= found["results"][name]
             found = {"student": student, "results": results}
             dense = "format" in form
@@ -165,6 +166,39 @@ def ternarize(
         write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
         runs.remove(run)
         return report
+
+
+def check(
+    recipe: Recipe,
+    *,
+    embeddings: str,
+    keep_dtype: bool,
+    tasks: tuple[str, ...],
+    data_dir: str | Path | None,
+    log_with: tuple[str, ...],
+    offline: bool,
+) -> None:
+    """What a plan checks of the options that are no part of the recipe; see `ternarize`."""
+    trackers.check(log_with)
+    baseline.check(untrained(recipe), embeddings, keep_dtype)
+    _jobs(tasks, data_dir, offline)
+
+
+def _jobs(tasks: tuple[str, ...], data_dir: str | Path | None, offline: bool) -> list[Job]:
+    """What is measured in the end; whatever is wrong with it is said before any training.
+
+    Raises:
+        RecipeError: an unknown task or metric, or efficiency, which takes a finished model's name.
+    """
+    jobs = load_jobs(tasks, data_dir, offline) if tasks else []
+    for job in jobs:
+        check_metrics(job)
+        if job.efficiency:
+            raise RecipeError(
+                "Efficiency is measured from loading on, of a model that is finished.",
+                "Leave it out here; then: ternq eval OUT --tasks efficiency",
+            )
+    return jobs
 
 
 def _reloaded(folder: Path, device: str, by_blocks: bool) -> hf.Loaded | None:
@@ -198,6 +232,7 @@ def keep_reports(run: Path, out: Path) -> None:
     folder = out.with_name(out.name + ".report")
     folder.mkdir(exist_ok=True)
     shutil.rmtree(folder / trackers.LOGS, ignore_errors=True)  # of an artefact that is replaced
+    (folder / METRICS).unlink(missing_ok=True)
     for name in (REPORT, METRICS, trackers.LOGS):
         if (run / name).exists():
             (run / name).replace(folder / name)
@@ -218,11 +253,20 @@ def _made(out: Path, asked: dict[str, Any]) -> bool:
     if name is None:
         return False
     manifest = checkpoint.read_manifest(out, name)
-    if isinstance(was := manifest.get("asked"), dict):  # settings that are newer have defaults
-        manifest = manifest | {"asked": Recipe.from_json(was).to_json()}
-    return all(manifest.get(key) == value for key, value in asked.items()) and (
+    if not isinstance(was := manifest.get("asked"), dict) or _other(asked["asked"], was):
+        return False
+    return all(manifest.get(key) == value for key, value in asked.items() if key != "asked") and (
         manifest.get("embeddings", "keep") == asked.get("embeddings", "keep")
     )
+
+
+def _other(asked: dict[str, Any], was: dict[str, Any]) -> list[str]:
+    """How the recipe asked for differs from that of an artefact; settings newer than it may."""
+    mine, theirs = Recipe.from_json(asked), Recipe.from_json(was)
+    found = mine.differences(theirs)
+    if mine.model != theirs.model:
+        found.insert(0, f"model: {theirs.model} there, {mine.model} here")
+    return found
 
 
 def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -234,9 +278,10 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
     if not isinstance(manifest.get("asked"), dict):
         return None
     if not _made(out, asked):
-        found = recipe.differences(Recipe.from_json(manifest["asked"]))
+        found = _other(asked["asked"], manifest["asked"])
+        found = found or [f"other {key}" for key in asked if manifest.get(key) != asked[key]]
         raise RecipeError(
-            f"'{out}' was made with another recipe ({'; '.join(found) or 'other options'}).",
+            f"'{out}' was made with another recipe ({'; '.join(found) or 'other embeddings'}).",
             "Choose another -o, or pass --overwrite.",
         )
     checkpoint.verify_files(out, name)  # what is finished must also be whole

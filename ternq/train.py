@@ -30,7 +30,6 @@ from ternq.recipe import Training
 from ternq.teacher import CachedTeacher
 from ternq.watch import Watch
 
-TIME_LIMIT = "time limit"
 _KEPT = ("seconds", "losses", "read", "retreats", "said")  # in a checkpoint, beside the step
 
 
@@ -169,7 +168,7 @@ class Trainer:
             if due or last:
                 self.save(aside=not last)
                 saved = now
-            if reason and (self.step < self.steps or reason != TIME_LIMIT):
+            if reason and (self.step < self.steps or reason != stop.TIME_LIMIT):
                 raise self._stopped(reason)
 
     def _retreat(self, error: DivergenceError) -> None:
@@ -264,7 +263,7 @@ class Trainer:
 
     def _stop_reason(self, seconds: float) -> str | None:
         if self.time_limit is not None and seconds >= self.time_limit:
-            return TIME_LIMIT
+            return stop.TIME_LIMIT
         return stop.requested()
 
     def _stopped(self, reason: str) -> Exception:

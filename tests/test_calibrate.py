@@ -218,18 +218,33 @@ def compensated(source: Path, text: Path, **settings: Any) -> Recipe:
     return checkpoints.recipe(source, text, start="compensated", calibration=6, **settings)
 
 
+@pytest.mark.parametrize("training", [True, False])
 def test_a_resumed_run_goes_on_from_the_same_start(
-    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
+    """Stopped in its training, or before the second block of the start: none is made twice."""
     recipe = compensated(source, text, steps=4)
     whole = distill.distill(str(source), tmp_path / "whole", recipe, offline=True)
-    polled = iter(range(1, 100))
+    made: list[Path] = []
+    where = tmp_path / "parts" / (origin.RUN_FILE if training else runs.START)
+    began = "untrained" if training else "00000"
+
+    def requested() -> str | None:
+        if training:
+            return "SIGTERM" if where.is_file() and began in where.read_text() else None
+        return "SIGTERM" if (where / f"{began}.safetensors").is_file() else None
+
     with monkeypatch.context() as stopping:
-        stopping.setattr(stop, "requested", lambda: "SIGTERM" if next(polled) % 2 == 0 else None)
-        with pytest.raises(StoppedError):
+        stopping.setattr(stop, "requested", requested)
+        said = "after step 1" if training else "before block 2 of 2 of the start .SIGTERM."
+        with pytest.raises(StoppedError, match=said):
             distill.distill(str(source), tmp_path / "parts", recipe, offline=True)
-    assert (tmp_path / "parts" / runs.START_FILE).is_file()
-    monkeypatch.setattr(distill, "compensated_start", None)  # it is not made a second time
+    blocks = sorted(p.name for p in (tmp_path / "parts" / runs.START).iterdir())
+    assert blocks == [f"{i:05d}.safetensors" for i in range(2 if training else 1)]
+    start_block = calibrate.start_block
+    monkeypatch.setattr(
+        calibrate, "start_block", lambda *a, **k: made.append(tmp_path) or start_block(*a, **k)
+    )
     parts = distill.distill(str(source), tmp_path / "parts", recipe, offline=True, resume=True)
     one, other = (
         checkpoint.load_tensors(tmp_path / name / origin.STUDENT_FILE)
@@ -245,7 +260,15 @@ def test_a_resumed_run_goes_on_from_the_same_start(
         != []
     )
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")  # drift included
-    assert not (tmp_path / "parts" / runs.START_FILE).exists()
+    assert not (tmp_path / "parts" / runs.START).exists()
+    assert len(made) == (0 if training else 1)
+
+
+def test_the_time_limit_holds_for_the_start_too(source: Path, text: Path, tmp_path: Path) -> None:
+    recipe = compensated(source, text, steps=4)
+    with pytest.raises(StoppedError, match="before block 1 of 2 of the start .time limit."):
+        distill.distill(str(source), tmp_path / "run", recipe, offline=True, time_limit=1e-6)
+    assert distill.distill(str(source), tmp_path / "run", recipe, offline=True)["student"]
 
 
 def metrics(folder: Path) -> list[Any]:

@@ -95,7 +95,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
         verb, usual = VERBS.get(name, (name, {}))
         stand_in = Fake(usual if result is None else result)
         module = types.ModuleType(f"ternq.{verb}")
-        vars(module).update({verb: stand_in, "verify": stand_in, "plan": stand_in})
+        vars(module).update(
+            {verb: stand_in, "verify": stand_in, "plan": stand_in, "check": Fake(None)}
+        )
         monkeypatch.setitem(sys.modules, f"ternq.{verb}", module)
         monkeypatch.setattr("ternq.places.refuse_offline", lambda *_: None)
         return stand_in

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ternq.errors import RecipeError
-from ternq.gates import Gate, check, parse_gates, passed
+from ternq.gates import Gate, check, judge_training, parse_gates, passed
 
 RESULTS = {
     "wikitext": {"token_perplexity": 10.0, "word_perplexity": 30.0},
@@ -111,3 +111,10 @@ def test_what_is_missing_fails() -> None:
     assert [row["value"] for row in rows] == [None] * 5
     assert not passed(rows)
     assert [row["name"] for row in rows][:2] == ["fail-if-ppl-above", "fail-if-acc-below"]
+
+
+def test_a_finished_artefact_without_its_report_has_nothing_to_judge() -> None:
+    result = {"out": "out", "weights": {"bpw_linear": 1.9}, "files": [{"bytes": 5}]}
+    assert judge_training([], "demo", result) == []
+    rows = judge_training(parse_gates(ppl_above=["9"], bpw_above="2"), "demo", result)
+    assert [(row["value"], row["passed"]) for row in rows] == [(None, False), (1.9, True)]

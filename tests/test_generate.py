@@ -185,14 +185,17 @@ def test_float32_is_what_transformers_computes_in(
     assert types == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("native", [True, False])
 def test_logits_that_are_not_finite_are_refused(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
+    native: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(of: hf.Loaded) -> None:
         with torch.no_grad():
             of.model.model.norm.weight.fill_(float("nan"))
 
     changed(monkeypatch, broken)
+    if not native:
+        obstructed(monkeypatch)
     for temperature in (0.0, 1.0):
         with pytest.raises(InputError, match="not finite"):
             asked(llama, temperature=temperature)

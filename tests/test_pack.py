@@ -420,6 +420,11 @@ def test_what_is_finished_is_left_as_it_is_until_its_source_changes(
         before = (out / "README.md").stat().st_mtime_ns
         assert pack(str(shared), out, **options)["files"] == made["files"]
         assert (out / "README.md").stat().st_mtime_ns == before
+        damaged = tmp_path / f"damaged{len(options)}"
+        shutil.copytree(out, damaged)
+        (damaged / "config.json").write_text("{}")
+        with pytest.raises(VerificationError, match="config.json has 2 bytes"):
+            pack(str(shared), damaged, **options)
         with pytest.raises(RecipeError, match="exists already"):
             pack(str(shared), out, options=Options(exact=True), **options)
     source = tmp_path / "source"

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from huggingface_hub import ModelCard
 from ternq import corpus, snapshots, train
 from ternq import ternarize as verbs
 from ternq.distill import distill
-from ternq.errors import InputError, RecipeError, VerificationError
+from ternq.errors import InputError, RecipeError, StoppedError, VerificationError
 from ternq.files import sha256
 from ternq.pack import pack
+from ternq.recipe import Recipe
 from ternq.report import number
 from ternq.ternarize import ternarize
 
@@ -134,7 +136,7 @@ def test_the_card_tells_how_it_was_made_and_measured(
     for name in (model, str(tmp_path / "out")):
         assert report["results"][name][tasks[0]]["token_perplexity"] > 1
     assert make(embeddings="int8", tasks=tasks, made=made) == report  # finished: nothing to do
-    with pytest.raises(RecipeError, match="other options"):
+    with pytest.raises(RecipeError, match="other embeddings"):
         make()
 
 
@@ -156,4 +158,56 @@ def test_tasks_that_cannot_be_measured_are_said_before_the_training(
 ) -> None:
     with pytest.raises(InputError, match="no file or folder"):
         make(tasks=("./missing.txt",))
+    text = str(tmp_path / "text.jsonl")
+    with pytest.raises(RecipeError, match="has no metric 'acc'"):
+        make(tasks=(f"{text}:acc",))
+    with pytest.raises(RecipeError, match="Efficiency is measured from loading on"):
+        make(tasks=("efficiency",))
     assert not (tmp_path / "out.run").exists()
+
+
+def test_more_documents_are_another_request(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    tasks = (f"{tmp_path / 'text.jsonl'}:token_perplexity",)
+    made = make(tasks=tasks, limit=1)
+    assert make(tasks=tasks, limit=1) == made
+    with pytest.raises(RecipeError, match="other limit"):
+        make(tasks=tasks, limit=2)
+
+
+def test_another_strategy_does_not_go_on_with_a_run(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """One that the machine chose does, where the same is asked for."""
+    recipe = checkpoints.recipe(tmp_path / "model", tmp_path / "text.jsonl", steps=4)
+    scales = replace(recipe, training=replace(recipe.training, train="scales"))
+
+    def trained(recipe: Recipe) -> dict[str, Any]:
+        return distill(str(tmp_path / "model"), tmp_path / "run", recipe, offline=True, **limit)
+
+    limit: dict[str, Any] = {"time_limit": 1e-6}
+    with pytest.raises(StoppedError):
+        trained(scales)
+    limit = {}
+    with pytest.raises(RecipeError, match="train: scales there, all here"):
+        trained(recipe)
+    assert trained(scales)["recipe"]["training"]["train"] == "scales"
+
+
+def test_block_by_block_has_the_starts_that_read_text(
+    make: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = {}
+    for start in ("compensated", "reconstructed", "closed-form"):
+        recipe = checkpoints.recipe(
+            tmp_path / "model", tmp_path / "text.jsonl", block_by_block=True, calibration=4,
+            reconstruction_epochs=1, start=start,
+        )  # fmt: skip
+        out = tmp_path / start
+        found[start] = ternarize(str(tmp_path / "model"), out, recipe, offline=True)
+    steps = {start: report["training"]["steps"] for start, report in found.items()}
+    assert steps == {"compensated": 0, "reconstructed": 4, "closed-form": 4}
+    said = "Start: block by block it is the reconstructed one"
+    telling = [s for s, report in found.items() if any(said in n for n in report["notes"])]
+    assert telling == ["closed-form"]
