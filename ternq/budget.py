@@ -122,15 +122,21 @@ def choose(
         (first, _), (last, _) = family[0], family[-1]
         if free < _floor(last, crew) * weights:
             continue  # counting takes a while for a large model
-        if needs(first).fits or needs(last).fits:  # else nor does what lies between
-            found, how = next((s, how) for s, how in family if needs(s).fits)
-            return found, needs(found), _why(how, needs(found), crew)
+        if host is None and not (needs(first).fits or needs(last).fits):
+            continue  # nor does what lies between; the host has more or less to load in between
+        for found, how in family:
+            if needs(found).fits:
+                return found, needs(found), _why(how, needs(found), crew)
     needs(last)
     least = min(counted.values(), key=lambda memory: memory.needed)
-    hint = "a shorter --sequence-length" + ("" if by_blocks else ", or ternq ternarize")
+    what, wanted, there = "memory", least.needed, free
+    if wanted <= free and host is not None:
+        what, wanted, there = "the host's memory to load it", least.counted.host, host
+    hint = "a shorter --sequence-length" + (
+        "" if by_blocks else ", or ternq ternarize with a folder of safetensors"
+    )
     raise ResourceError(
-        f"This needs about {_gb(least.needed)} of memory, {_gb(least.needed - free)} more than is "
-        "free.",
+        f"This needs about {_gb(wanted)} of {what}, {_gb(wanted - there)} more than is free.",
         f"Take a machine with more memory, or {hint}.",
     )
 

@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     cls=helptext.Group,
     invoke_without_command=True,
     help="Turn a language model into a ternary one: under two bits per weight, trained back.",
-    epilog="ternq ternarize demo         three minutes, no network\nternq ternarize --help",
+    epilog="ternq ternarize demo         a minute or two, no network\nternq ternarize --help",
 )
 def _ternq(
     context: typer.Context,

@@ -28,6 +28,7 @@ from ternq.origin import (
     in_words,
     local_path,
     model_folder,
+    place,
     read_run,
     refuse_unfinished,
 )
@@ -75,7 +76,7 @@ def load(
             program, incomplete, or holds weights that are not finite.
         VerificationError: the same of an artefact of ternq.
     """
-    path = local_path(model)
+    path = place(model, offline)
     progress(Event("load", f"Loading {model}"))
     if path is not None and (path / RUN_FILE).is_file():
         return _load_run(model, path, device)

@@ -17,6 +17,7 @@ from ternq import harness, outlines
 from ternq.cache import Cache
 from ternq.errors import InputError, RecipeError
 from ternq.hf import Loaded
+from ternq.kernels import choice
 from ternq.perplexity import BLOCK, token_perplexity, tokens_per_second
 from ternq.progress import Event, Progress
 from ternq.shown import duration
@@ -250,8 +251,9 @@ class Meter:
         """What everything that is kept of a model depends on."""
         if not self._cache.keeps:
             return {}
-        int8 = {"activations": "int8"} if self._world.int8_activations else {}
-        return {"model": subject.identity, "versions": versions(), **self.world, **int8}
+        how = {"kernel": choice(self._world.device).partition(",")[0]}  # not how many threads
+        how |= {"activations": "int8"} if self._world.int8_activations else {}
+        return {"model": subject.identity, "versions": versions(), **self.world, **how}
 
     @property
     def world(self) -> dict[str, str]:

@@ -45,6 +45,25 @@ def local_path(model: str) -> Path | None:
     return None
 
 
+def place(model: str, offline: bool = False) -> Path | None:
+    """As `local_path`; and of an artefact of ternq on the hub, its folder in the hub's cache.
+
+    So it is checked against its manifest, and loaded by our own code, wherever it comes from.
+    """
+    path = local_path(model)
+    if path is not None:
+        return path
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        hf_hub_download(model, checkpoint.MANIFEST, local_files_only=offline)
+    except (OSError, ValueError):  # another model, or none: whoever loads it says so
+        return None
+    with in_words(model, offline):
+        patterns = [*_PATTERNS, "*.py"]
+        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=offline))
+
+
 def refuse_no_model(model: str, path: Path) -> None:
     """`InputError` where a folder or file is no model, as far as its names tell."""
     if not (path / RUN_FILE).is_file():

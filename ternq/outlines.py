@@ -11,7 +11,7 @@ from torch import nn
 from ternq import checkpoint, structure
 from ternq.errors import InputError, VerificationError
 from ternq.modeling_ternq import METHOD, TernqConfig, put_packed
-from ternq.origin import BASE_FOLDER, RUN_FILE, find, in_words, local_path, read_run
+from ternq.origin import BASE_FOLDER, RUN_FILE, find, in_words, place, read_run
 from ternq.recipe import Recipe, Scheme
 
 
@@ -87,7 +87,7 @@ def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = Fa
     """
     from transformers import AutoConfig
 
-    path, scheme = local_path(model), None
+    path, scheme = place(model, offline), None
     if path is not None and (path / RUN_FILE).is_file():
         scheme = Recipe.from_json(read_run(path)["recipe"]).scheme
         path = path / BASE_FOLDER

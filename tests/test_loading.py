@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import ternq  # noqa: F401  registers the quantizer
-from ternq import checkpoint, hf
+from ternq import checkpoint, hf, outlines
+from ternq.errors import InputError, VerificationError
 from ternq.modeling_ternq import PackedLinear
 from ternq.pack import pack
 
@@ -191,3 +192,26 @@ def test_the_stock_lm_eval_command(demo: Demo, tmp_path: Path) -> None:
     done = python(program, modules=tmp_path / "modules")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "word_perplexity" in done.stdout
+
+
+def test_an_artefact_on_the_hub_is_one_too(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked by its manifest, without its own code; known for ternary before it is loaded."""
+    cache = tmp_path / "models--somebody--tiny-ternary"
+    folder = cache / "snapshots" / "0123abcd"
+    shutil.copytree(artefact, folder)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = "somebody/tiny-ternary"
+    found = hf.load(name, offline=True, trust_remote_code=True)
+    assert (found.kind, found.path, found.name) == ("packed", folder, "tiny-ternary")
+    assert type(found.model).__module__.startswith("transformers.")
+    assert outlines.blueprint(name, offline=True).scheme is not None
+    assert pack(name, tmp_path / "again", offline=True)["verify"]["ok"]
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(VerificationError, match="config.json has 2 bytes"):
+        hf.load(name, offline=True)
+    with pytest.raises(InputError, match="not in the local cache"):
+        hf.load("somebody/else", offline=True)
