@@ -142,12 +142,12 @@ def cached_teacher(
     *,
     rows: int,
     autocast: Any,
-    reason: Callable[[], str | None] = stop.requested,
+    reason: Callable[[], str | None] | None = None,
     progress: Progress = ignore,
 ) -> CachedTeacher:
     """Run the teacher on the next ``count`` blocks, ``rows`` at a time, where they are not kept.
 
-    ``reason`` says why to stop, if that is to be.
+    ``reason`` says why to stop, if that is to be; by default a signal.
 
     Raises:
         ResourceError: the disk has no room; InputError: the text is not that of the shards kept;
@@ -156,7 +156,7 @@ def cached_teacher(
     done = len(cache)
     if done < count:
         _skip(blocks, cache)
-        _fill(model, blocks, count, cache, rows, autocast, reason, progress)
+        _fill(model, blocks, count, cache, rows, autocast, reason or stop.requested, progress)
     return CachedTeacher(model, cache)
 
 
