@@ -167,7 +167,7 @@ def started(source: Path, text: Path, out: Path, *more: str, steps: str = "3") -
     """A command of two processes."""
     settings = f"--group-size 16 --sequence-length 16 --batch-size 4 --steps {steps} --offline"
     settings += " --start closed-form"
-    return ["-m", "ternq", *more, str(source), "--data", str(text), *settings.split(),
+    return ["-m", "--", "ternq", *more, str(source), "--data", str(text), *settings.split(),
             "-o", str(out), "--json"]  # fmt: skip
 
 
@@ -204,12 +204,12 @@ def test_a_stopped_command_says_so_once_and_goes_on(
     assert stopped.returncode == 1  # the launcher's own; it prints those of its processes
     assert stopped.stderr.count("exitcode  : 75") == 2
     assert json.loads(stopped.stdout)["exit_code"] == 75
-    assert cli.run(command[2:]) == 0
+    assert cli.run(command[3:]) == 0
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
 
 
 @pytest.mark.slow
 def test_what_one_process_does_is_refused(tmp_path: Path) -> None:
-    done = together("-m", "ternq", "eval", str(tmp_path), "--json")
+    done = together("-m", "--", "ternq", "eval", str(tmp_path), "--json")
     assert done.stderr.count("exitcode  : 2") == 2
     assert "one process" in json.loads(done.stdout)["error"]["message"]
