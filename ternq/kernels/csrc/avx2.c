@@ -38,33 +38,53 @@ TARGET INLINE __m256 add_segment(__m256 out, __m256i dot, __m256 scale, __m256 s
     return has_shift ? _mm256_fmadd_ps(shift, _mm256_set1_ps(at->total), out) : out;
 }
 
-/* Dot products of 8 rows with a segment of one token. Fields 1 and 3 are masked where they stand, 4
- * times too large: 16 sums of 2 * 8 * 128 just fit in an int16. */
-TARGET INLINE __m256i half_dot(const uint8_t *word, int64_t words, const int8_t *q, int64_t plane,
-                               int planes, int ahead) {
+/* Adds a word of 16 rows to the sums of one token's planes. With one plane, fields 1 and 3 are masked
+ * where they stand, 4 times too large, and have sums of their own: 16 products of 2 * 8 * 128 just fit
+ * in an int16. Two planes would need more registers than there are. */
+TARGET INLINE void add_word(__m256i sums[2][2][2], const uint8_t *word, const int8_t *q,
+                            int64_t plane, int planes) {
     const __m256i even = _mm256_set1_epi8(0x03), odd = _mm256_set1_epi8(0x0c);
-    __m256i a[2][2];
-    for (int p = 0; p < planes; p++) a[p][0] = a[p][1] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < words; i++, word += WORD, q += 16) {
-        if (ahead) fetch_ahead(word);
-        const __m256i v = half_word(word), w = _mm256_srli_epi16(v, 4);
-        const __m256i f0 = _mm256_and_si256(v, even), f1 = _mm256_and_si256(v, odd);
-        const __m256i f2 = _mm256_and_si256(w, even), f3 = _mm256_and_si256(w, odd);
+    const __m256i v[2] = {half_word(word), half_word(word + WORD / 2)};
+    const int apart = planes == 1;
+    fetch_ahead(word);
+    for (int f = 0; f < 4; f++) {
+        __m256i codes[2];
+        for (int h = 0; h < 2; h++)
+            codes[h] = _mm256_and_si256(_mm256_srli_epi16(v[h], 2 * (apart ? f / 2 * 2 : f)),
+                                        apart && f % 2 ? odd : even);
         for (int p = 0; p < planes; p++) {
-            add_product(&a[p][0], f0, four(q + p * plane));
-            add_product(&a[p][1], f1, four(q + p * plane + 4));
-            add_product(&a[p][0], f2, four(q + p * plane + 8));
-            add_product(&a[p][1], f3, four(q + p * plane + 12));
+            const __m256i x = four(q + p * plane + 4 * f);
+            for (int h = 0; h < 2; h++) add_product(&sums[p][h][apart * (f % 2)], codes[h], x);
         }
     }
+}
+
+/* Dot products of 16 rows, in halves, with a segment of one token. */
+TARGET INLINE void dot_segment(const uint8_t *word, int64_t words, const int8_t *q, int64_t plane,
+                               int planes, __m256i dot[2]) {
     const __m256i ones = _mm256_set1_epi16(1), fours = _mm256_set1_epi16(4);
-    __m256i dot = _mm256_setzero_si256();
-    for (int p = 0; p < planes; p++) {
-        __m256i both = _mm256_add_epi32(_mm256_madd_epi16(a[p][0], fours),
-                                        _mm256_madd_epi16(a[p][1], ones));
-        dot = _mm256_add_epi32(_mm256_slli_epi32(dot, 8), both);
+    __m256i sums[2][2][2]; /* of planes, halves, and even and odd fields */
+    for (int p = 0; p < planes; p++)
+        for (int h = 0; h < 2; h++) sums[p][h][0] = sums[p][h][1] = _mm256_setzero_si256();
+    if (planes == 2 && words == SEGMENT_WORDS) { /* rolled, sums are spilled at every turn */
+#pragma GCC unroll 8
+        for (int i = 0; i < SEGMENT_WORDS; i++)
+            add_word(sums, word + i * WORD, q + i * 16, plane, planes);
+    } else {
+        for (int64_t i = 0; i < words; i++)
+            add_word(sums, word + i * WORD, q + i * 16, plane, planes);
     }
-    return _mm256_srai_epi32(dot, 2);
+    for (int h = 0; h < 2; h++) {
+        if (planes == 1) {
+            const __m256i four_times = _mm256_add_epi32(_mm256_madd_epi16(sums[0][h][0], fours),
+                                                        _mm256_madd_epi16(sums[0][h][1], ones));
+            dot[h] = _mm256_srai_epi32(four_times, 2);
+        } else {
+            const __m256i high = _mm256_madd_epi16(sums[0][h][0], ones);
+            const __m256i low = _mm256_madd_epi16(sums[1][h][0], ones);
+            dot[h] = _mm256_add_epi32(_mm256_slli_epi32(high, 8), low);
+        }
+    }
 }
 
 TARGET INLINE void one_token(const ternq_shape *s, const uint8_t *block, const ternq_rounded *x,
@@ -79,14 +99,12 @@ TARGET INLINE void one_token(const ternq_shape *s, const uint8_t *block, const t
         const uint8_t *shift = s->has_shift ? scale + 2 * ROWS * s->groups : scale;
         for (int64_t left = group_words(s, g); left > 0; left -= SEGMENT_WORDS, at++) {
             const int64_t words = min64(left, SEGMENT_WORDS);
-            for (int h = 0; h < 2; h++) {
-                const uint8_t *half = word + WORD / 2 * h;
-                const __m256i dot = words == SEGMENT_WORDS
-                                        ? half_dot(half, SEGMENT_WORDS, q, plane, planes, h == 0)
-                                        : half_dot(half, words, q, plane, planes, h == 0);
-                total[h] = add_segment(total[h], dot, halves(scale + 16 * h), halves(shift + 16 * h),
+            __m256i dot[2];
+            if (words == SEGMENT_WORDS) dot_segment(word, SEGMENT_WORDS, q, plane, planes, dot);
+            else dot_segment(word, words, q, plane, planes, dot);
+            for (int h = 0; h < 2; h++)
+                total[h] = add_segment(total[h], dot[h], halves(scale + 16 * h), halves(shift + 16 * h),
                                        s->has_shift, at);
-            }
             word += words * WORD, q += words * 16;
         }
     }

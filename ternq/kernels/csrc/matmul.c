@@ -165,7 +165,7 @@ typedef struct {
     ternq_segment *segments;
     uint8_t *finite; /* [tokens] */
     int planes;
-    int64_t take; /* blocks in one go */
+    int64_t shares; /* a thread takes one of so many parts of the blocks that are left */
     atomic_llong next;
     atomic_int status;
 } product;
@@ -268,8 +268,11 @@ static void multiply_blocks(void *given) {
     const ternq_rounded x = {p->q, p->segments, p->planes};
     float out[CHUNK][ROWS];
     for (;;) {
-        int64_t block = atomic_fetch_add(&p->next, p->take);
-        int64_t last = min64(block + p->take, s->blocks);
+        long long block = atomic_load(&p->next);
+        int64_t last;
+        do { /* less and less, so that all threads end together */
+            last = block + (s->blocks - block + p->shares - 1) / p->shares;
+        } while (block < last && !atomic_compare_exchange_weak(&p->next, &block, last));
         for (; block < last; block++) {
             const uint8_t *data = p->data + block * s->stride;
             p->kernel->multiply(s, data, &x, 0, p->tokens, out);
@@ -288,7 +291,7 @@ static void in_parallel(void (*body)(void *), product *p, int threads, int64_t w
 
 static int multiply_chunk(product *p, int threads) {
     const ternq_shape *s = p->s;
-    p->take = s->blocks / (8 * threads) + 1;
+    p->shares = 2 * threads;
     in_parallel(round_tiles, p, threads, 4 * p->tokens * s->columns);
     if (atomic_load(&p->status)) return atomic_load(&p->status);
     in_parallel(multiply_blocks, p, threads, p->tokens * s->rows * s->columns);
