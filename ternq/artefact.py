@@ -144,7 +144,7 @@ def _tables(ends: dict[str, nn.Module]) -> dict[str, str]:
     """Name of the stored tensor -> module, for input embedding and output head."""
     found = {}
     for name, module in ends.items():
-        if type(module) not in (nn.Embedding, nn.Linear):
+        if type(module) not in (nn.Embedding, nn.Linear, modeling_ternq.DenseHead):
             raise RecipeError(
                 f"--embeddings int8: {name} is a {type(module).__name__}, which has no 8-bit form.",
                 "Leave --embeddings out.",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ternq.losses import Head
+from ternq.modeling_ternq import DenseHead
 
 _PROBED = 4  # tokens
 
@@ -50,7 +51,7 @@ def why_whole(model: Any) -> str | None:
     Looked at on a few tokens: some models scale logits or bound them after the head.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, DenseHead):
         return f"the output head is a {type(head).__name__}"
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))

@@ -259,12 +259,33 @@ class Int8Linear(Int8):
         self.bias: nn.Parameter | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        found = _few(input, self.weight, self.scale(), self.bias)
+        if found is not None:
+            return found
         return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+
+
+class DenseHead(nn.Linear):
+    """The output head of a packed model that stays dense: a few tokens go through a kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = (
+            None if input.dtype != self.weight.dtype else _few(input, self.weight, bias=self.bias)
+        )
+        return super().forward(input) if found is None else found
+
+
+def _few(
+    input: Tensor, table: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor | None:
+    """What a kernel makes of a few tokens and an output head; None if torch is to make it."""
+    found = None if kernels is None else kernels.table_product(input, table, scale)
+    return found if found is None or bias is None else found + bias
 
 
 def is_linear(module: nn.Module | None) -> bool:
     """A plain linear layer, or GPT-2's ``Conv1D`` (a linear layer stored transposed)."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return type(module) in (nn.Linear, DenseHead) or type(module).__name__ == "Conv1D"
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -378,6 +399,9 @@ def put_packed(model: Any, config: TernqConfig) -> None:
         source = tied.get(f"{name}.weight", "").removesuffix(".weight")
         table = model.get_submodule(source) if source in config.int8_modules else None
         model.set_submodule(name, _int8(name, modules.get(name), table))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is nn.Linear:
+        head.__class__ = DenseHead  # in its place, so that what is tied to it stays tied
 
 
 def _int8(name: str, layer: nn.Module | None, table: Any) -> nn.Module:

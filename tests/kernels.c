@@ -75,12 +75,32 @@ static void one_round(const char *isa) {
     free(base3), free(again), free(scale), free(shift), free(data), free(weight), free(x), free(y), free(bias);
 }
 
+static void one_table(const char *isa) {
+    int64_t rows = draw(700), columns = 1 + draw(200), n = draw(5);
+    int8_t *table = malloc((size_t)(rows * columns) + 1);
+    uint16_t *scale = malloc((size_t)rows * 2 + 1);
+    float *x = malloc((size_t)(n * columns) * 4 + 1), *y = malloc((size_t)(n * rows) * 4 + 1);
+    for (int64_t i = 0; i < rows * columns; i++) table[i] = (int8_t)((int)draw(255) - 127);
+    for (int64_t i = 0; i < n * columns; i++) x[i] = uniform();
+    for (int64_t r = 0; r < rows; r++) scale[r] = 0x2c00; /* 1 / 16 */
+    if (ternq_table_product(table, scale, TERNQ_TABLE_INT8, rows, columns, x, n, y, 1 + (int)draw(3)))
+        fail("status", isa, rows, columns, n);
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (int64_t c = 0; c < columns; c++)
+                sum += (double)x[t * columns + c] * table[r * columns + c] / 16;
+            if (!(fabs(y[t * rows + r] - sum) < 1e-3)) fail("table", isa, rows, columns, n);
+        }
+    free(table), free(scale), free(x), free(y);
+}
+
 int main(int count, char **arguments) {
     static const char *const names[] = {"portable", "avx2", "avx512", "neon"};
     int rounds = count > 1 ? atoi(arguments[1]) : 100;
     for (int i = 0; i < 4; i++) {
         if (ternq_set_isa(names[i])) continue;
-        for (int round = 0; round < rounds; round++) one_round(names[i]);
+        for (int round = 0; round < rounds; round++) one_round(names[i]), one_table(names[i]);
         printf("%s: %d rounds\n", names[i], rounds);
     }
     return ternq_layout_bytes(INT64_MAX, 1, 1, 0) == TERNQ_BAD && ternq_layout_bytes(1, 0, 1, 0) == TERNQ_BAD ? 0 : 1;

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ternq import kernels, ternary
 from ternq.errors import RecipeError
 from ternq.kernels import PackedWeight, native
 from ternq.kernels import build as builder
-from ternq.modeling_ternq import PackedLinear, is_linear
+from ternq.modeling_ternq import DenseHead, Int8Linear, PackedLinear, is_linear
 from ternq.packing import pack_base3
 
 ISAS = ("portable", "avx2", "avx512") if platform.machine() == "x86_64" else ("portable", "neon")
@@ -367,6 +367,66 @@ def test_a_model_generates_the_same() -> None:
 
 
 # --- the choice, and the compiler -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*native.DTYPES, torch.int8])
+@pytest.mark.parametrize("columns", [96, 77])
+def test_a_head_times_a_few_tokens(
+    lib: native.Native, isa: str, dtype: torch.dtype, columns: int
+) -> None:
+    exact = normal(301, columns, seed=2).double()
+    scale = None
+    if dtype == torch.int8:
+        scale = (normal(301, seed=3).abs() / 100 + 0.01).half()
+        table = (exact * 40).clamp(-127, 127).round().to(dtype)
+        exact = table.double() * scale.double().unsqueeze(1)
+    else:
+        table = exact.to(dtype)
+        exact = table.double()
+    for tokens in (1, 2, 16):
+        x = normal(1, tokens, columns, seed=tokens)
+        found = lib.table_product(x, table, scale)
+        assert found.shape == (1, tokens, 301) and found.dtype == torch.float32
+        assert error(found, x.double() @ exact.T) < 1e-6
+        assert torch.equal(found[:, :1], lib.table_product(x[:, :1], table, scale))
+    half = lib.table_product(x.bfloat16(), table, scale)
+    assert half.dtype == torch.bfloat16
+    assert error(half, x.bfloat16().double() @ exact.T) < 4e-3
+    assert lib.table_product(x[:, :0], table, scale).shape == (1, 0, 301)
+    assert lib.table_product(x, table[:0], scale).shape == (1, 16, 0)
+
+
+def test_when_a_head_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, x = normal(40, 32), normal(1, 32)
+    assert kernels.table_product(x, table) is not None
+    assert kernels.table_product(normal(kernels.FEW + 1, 32), table) is None
+    assert kernels.table_product(x[:0], table) is None
+    assert kernels.table_product(x.double(), table) is None
+    table.requires_grad_()
+    assert kernels.table_product(x, table) is None
+    with torch.no_grad():
+        assert kernels.table_product(x, table) is not None
+        with torch.autocast("cpu"):
+            assert kernels.table_product(x, table) is None
+        with kernels.using("torch"):
+            assert kernels.table_product(x, table) is None
+
+
+@torch.no_grad()
+def test_heads_of_packed_models_use_it() -> None:
+    head = nn.Linear(64, 300)
+    head.__class__ = DenseHead
+    x = normal(2, 1, 64)
+    eight = Int8Linear(64, 300)
+    eight.weight.data = torch.randint(-127, 128, (300, 64), dtype=torch.int8)
+    eight.weight_scale = (normal(300).abs() / 50 + 0.01).half()
+    for layer in (head, eight):
+        assert isinstance(layer, DenseHead | Int8Linear)
+        found = layer(x)
+        with kernels.using("torch"):
+            assert error(found, layer(x)) < 1e-6
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), found)
+        assert error(layer(x.expand(2, 20, 64))[:, 3:4], found) < 1e-6
 
 
 def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch, lib: native.Native) -> None:

@@ -19,9 +19,19 @@ from ternq.errors import RecipeError
 from ternq.kernels import native
 from ternq.kernels.packed import Act, PackedWeight, reference
 
-__all__ = ["Act", "PackedWeight", "choice", "convert", "fast", "ternary_matmul", "using"]
+__all__ = [
+    "Act",
+    "PackedWeight",
+    "choice",
+    "convert",
+    "fast",
+    "table_product",
+    "ternary_matmul",
+    "using",
+]
 
 KERNELS = ("auto", "native", "triton", "torch")
+FEW = 16  # tokens that an output head is asked for at once, at most, by the C kernels
 SMALLEST = 2**14  # weights of a matrix; smaller ones take no longer unpacked
 WIDEST = 1.3  # bytes in memory to bytes in the file, at most: short odd groups are padded to 16
 
@@ -181,6 +191,25 @@ def ternary_matmul(
     return reference(x, dequantized(packed), bias)
 
 
+def table_product(x: Tensor, table: Tensor, scale: Tensor | None = None) -> Tensor | None:
+    """``x @ table.T`` of an output head and a few tokens on the CPU; None where torch should do it.
+
+    ``table`` ``[rows, columns]`` is float32, bfloat16, float16, or int8 with a float16 ``scale``
+    ``[rows]``. It is read once, by all threads, where torch's product of a single token leaves
+    float32 to one of them and opens int8 first. There is no gradient.
+    """
+    if x.device.type != "cpu" or table.device.type != "cpu" or library() is None:
+        return None
+    if not 0 < x.numel() <= FEW * x.shape[-1] or x.dtype not in native.DTYPES:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or table.requires_grad):
+        return None
+    product: Tensor = torch.ops.ternq.table(x, table, scale)
+    return product
+
+
 # What a compiler sees. A plain registration costs half of what `custom_op` does a call.
 torch.library.define(
     "ternq::matmul",
@@ -208,3 +237,17 @@ def _matmul(
 @torch.library.register_fake("ternq::matmul")  # type: ignore[untyped-decorator]
 def _(x: Tensor, words: Tensor, bias: Tensor | None, rows: int, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
+
+
+torch.library.define("ternq::table", "(Tensor x, Tensor table, Tensor? scale) -> Tensor")
+
+
+@torch.library.impl("ternq::table", "CPU")
+def _table(x: Tensor, table: Tensor, scale: Tensor | None) -> Tensor:
+    scale = None if scale is None else scale.contiguous()
+    return _native().table_product(x, table.contiguous(), scale)
+
+
+@torch.library.register_fake("ternq::table")  # type: ignore[untyped-decorator]
+def _(x: Tensor, table: Tensor, _: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(table)))

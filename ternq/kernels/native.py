@@ -18,6 +18,7 @@ from ternq.kernels.packed import Act, PackedWeight
 
 ABI = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TABLES = DTYPES | {torch.int8: 3}
 ACTS: dict[str, int] = {"exact": 0, "int8": 1}
 _DENSE_TOKENS = 64  # from here on a dense product is worth opening the weight, where it is faster
 _DENSE_WEIGHTS = 2**24  # that are opened in one go
@@ -53,6 +54,10 @@ _SIGNATURES = {
     "ternq_linear": (
         _int,
         (_matrix, _pointer, _int64, _pointer, _pointer, _int, _int, _int),
+    ),
+    "ternq_table_product": (
+        _int,
+        (_pointer, _pointer, _int64, _int64, _int64, _pointer, _int64, _pointer, _int),
     ),
     "ternq_decoder_new": (_pointer, (_pointer, _int64, _int64, _int)),
     "ternq_decoder_step": (_int, (_pointer, _pointer, _int64, _int64, _int, _pointer)),
@@ -182,6 +187,29 @@ class Native:
             _check(status)
         return y
 
+    def table_product(self, x: Tensor, table: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``x @ table.T`` in ``x``'s dtype, for the few tokens that an output head is asked for.
+
+        ``table`` ``[rows, columns]``, contiguous, of a type in `TABLES`, is read as it is stored;
+        int8 rows have a float16 ``scale`` each. Activations and sums are float32.
+        """
+        rows, columns = table.shape
+        given = x.float().contiguous()
+        y = given.new_empty((*x.shape[:-1], rows))
+        status = self.library.ternq_table_product(
+            table.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            TABLES[table.dtype],
+            rows,
+            columns,
+            given.data_ptr(),
+            given.numel() // columns,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check(status)
+        return y.to(x.dtype)
+
     def _opened(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """The same by torch's dense product, some rows of the weight after another."""
         step = max(16, _DENSE_WEIGHTS // weight.columns // 16 * 16)
@@ -196,10 +224,12 @@ class Native:
 
 
 def matrix_of(weight: PackedWeight) -> Matrix:
-    """A converted weight as the C code takes it; the weight must outlive it."""
-    return Matrix(
-        weight.rows, weight.columns, weight.group_size, weight.shifted, weight.codes.data_ptr()
-    )
+    """A converted weight as the C code takes it; made once, it lives as long as the weight."""
+    made: Matrix | None = vars(weight).get("_matrix")
+    if made is None:
+        sizes = weight.rows, weight.columns, weight.group_size, weight.shifted
+        made = vars(weight)["_matrix"] = Matrix(*sizes, weight.codes.data_ptr())
+    return made
 
 
 @functools.cache

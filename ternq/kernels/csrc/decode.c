@@ -30,10 +30,9 @@
 #endif
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
-typedef int8_t bytes __attribute__((vector_size(WIDTH)));
 
-enum { TABLE_INT8 = 3 }; /* beside the dtypes of ternq.h: rows of int8, with a float16 scale each */
 enum { ROWS = 16 };      /* of a block of a packed matrix */
 enum { AHEAD = 4096 };   /* bytes of a table, from what is asked for to what is used */
 
@@ -191,17 +190,12 @@ static INLINE float half_to_float(uint16_t half)
     return value;
 }
 
-/* WIDTH consecutive entries of a row of a table. */
+/* WIDTH consecutive entries of a row of a table, not of int8. */
 static INLINE vec entries(const void *row, int64_t at, int64_t dtype)
 {
     halves h;
     if (dtype == TERNQ_FLOAT32)
         return load((const float *)row + at);
-    if (dtype == TABLE_INT8) {
-        bytes b;
-        memcpy(&b, (const int8_t *)row + at, sizeof b);
-        return __builtin_convertvector(b, vec);
-    }
     memcpy(&h, (const uint16_t *)row + at, sizeof h);
     bits wide = __builtin_convertvector(h, bits);
     if (dtype == TERNQ_BFLOAT16)
@@ -214,7 +208,7 @@ static INLINE float entry(const void *row, int64_t at, int64_t dtype)
 {
     if (dtype == TERNQ_FLOAT32)
         return ((const float *)row)[at];
-    if (dtype == TABLE_INT8)
+    if (dtype == TERNQ_TABLE_INT8)
         return ((const int8_t *)row)[at];
     uint16_t half = ((const uint16_t *)row)[at];
     if (dtype == TERNQ_FLOAT16)
@@ -271,7 +265,7 @@ static INLINE void begin(ternq_decoder *d, int id)
     share(d, id, d->count, &a, &b);
     for (int64_t t = a; t < b; t++) {
         const void *row = table_row(&m->embedding, d->ids[t], m->hidden);
-        int8_t scaled = m->embedding.dtype == TABLE_INT8;
+        int8_t scaled = m->embedding.dtype == TERNQ_TABLE_INT8;
         float scale = scaled ? half_to_float(m->embedding.scale[d->ids[t]]) : 1.0f;
         for (int64_t i = 0; i < m->hidden; i++)
             d->x[t * m->hidden + i] = scale * entry(row, i, m->embedding.dtype);
@@ -454,47 +448,80 @@ static INLINE void attend(ternq_decoder *d, int id, int64_t layer)
     }
 }
 
-/* Rows first ... last - 1 of the head times x. A table is larger than any cache: rows are read in the
- * order of memory, and asked for well before they are needed. */
-static INLINE void head_rows(const ternq_table *t, int64_t dtype, const float *x, int64_t columns,
-                             int64_t first, int64_t last, float *y)
+/* x [columns] in the order in which rows of int8 are taken: of 4 WIDTH columns every fourth from the
+ * first, then every fourth from the second. */
+static INLINE void by_fours(const float *x, int64_t columns, float *y)
+{
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= columns; i += 4 * WIDTH)
+        for (int u = 0; u < 4; u++)
+            for (int lane = 0; lane < WIDTH; lane++)
+                y[i + u * WIDTH + lane] = x[i + 4 * lane + u];
+    for (; i < columns; i++)
+        y[i] = x[i];
+}
+
+/* Rows first ... last - 1 of a table times each of n tokens x [n][columns] (by_fours for int8), to
+ * y [n][rows]. A table is larger than any cache: rows are read in the order of memory, and asked for
+ * well before they are needed. */
+static INLINE void typed_rows(const ternq_table *t, int64_t dtype, const float *x, int64_t n,
+                              int64_t columns, int64_t first, int64_t last, int64_t rows, float *y)
 {
     const int64_t step = 4 * WIDTH;
     for (int64_t r = first; r < last; r++) {
         const char *row = table_row(t, r, columns), *end = table_row(t, r + 1, columns);
-        vec part[4] = {{0}, {0}, {0}, {0}};
-        float total = 0;
-        int64_t i = 0;
         for (const char *line = row; line < end; line += 64)
             __builtin_prefetch(line + AHEAD);
-        for (; i + step <= columns; i += step)
-            for (int u = 0; u < 4; u++)
-                part[u] += load(x + i + u * WIDTH) * entries(row, i + u * WIDTH, dtype);
-        for (; i < columns; i++)
-            total += x[i] * entry(row, i, dtype);
-        total += sum((part[0] + part[1]) + (part[2] + part[3]));
-        y[r] = dtype == TABLE_INT8 ? total * half_to_float(t->scale[r]) : total;
+        for (int64_t token = 0; token < n; token++) {
+            const float *own = x + token * columns;
+            vec part[4] = {{0}, {0}, {0}, {0}};
+            float total = 0;
+            int64_t i = 0;
+            for (; i + step <= columns; i += step)
+                if (dtype == TERNQ_TABLE_INT8) { /* byte u of every word; compilers widen bytes slowly */
+                    ints words;
+                    memcpy(&words, row + i, sizeof words);
+                    for (int u = 0; u < 4; u++)
+                        part[u] += load(own + i + u * WIDTH) *
+                                   __builtin_convertvector(words << (24 - 8 * u) >> 24, vec);
+                } else {
+                    for (int u = 0; u < 4; u++)
+                        part[u] += load(own + i + u * WIDTH) * entries(row, i + u * WIDTH, dtype);
+                }
+            for (; i < columns; i++)
+                total += own[i] * entry(row, i, dtype);
+            total += sum((part[0] + part[1]) + (part[2] + part[3]));
+            y[token * rows + r] = dtype == TERNQ_TABLE_INT8 ? total * half_to_float(t->scale[r]) : total;
+        }
     }
+}
+
+static INLINE void table_rows(const ternq_table *t, const float *x, int64_t n, int64_t columns,
+                              int64_t first, int64_t last, int64_t rows, float *y)
+{
+    if (t->dtype == TERNQ_FLOAT32)
+        typed_rows(t, TERNQ_FLOAT32, x, n, columns, first, last, rows, y);
+    else if (t->dtype == TERNQ_BFLOAT16)
+        typed_rows(t, TERNQ_BFLOAT16, x, n, columns, first, last, rows, y);
+    else if (t->dtype == TERNQ_FLOAT16)
+        typed_rows(t, TERNQ_FLOAT16, x, n, columns, first, last, rows, y);
+    else
+        typed_rows(t, TERNQ_TABLE_INT8, x, n, columns, first, last, rows, y);
 }
 
 static INLINE void finish(ternq_decoder *d, int id)
 {
     const ternq_model *m = &d->model;
-    const ternq_table *t = &m->head;
-    const float *x = d->normed;
     int64_t a, b;
-    if (id == 0)
+    float *x = m->head.dtype == TERNQ_TABLE_INT8 ? d->x : d->normed;
+    if (id == 0) {
         rms_norm(d->x + (d->count - 1) * m->hidden, m->norm, m->hidden, m->epsilon, d->normed);
+        if (x != d->normed)
+            by_fours(d->normed, m->hidden, x);
+    }
     barrier(d);
     share(d, id, m->vocabulary, &a, &b);
-    if (t->dtype == TERNQ_FLOAT32)
-        head_rows(t, TERNQ_FLOAT32, x, m->hidden, a, b, d->logits);
-    else if (t->dtype == TERNQ_BFLOAT16)
-        head_rows(t, TERNQ_BFLOAT16, x, m->hidden, a, b, d->logits);
-    else if (t->dtype == TERNQ_FLOAT16)
-        head_rows(t, TERNQ_FLOAT16, x, m->hidden, a, b, d->logits);
-    else
-        head_rows(t, TABLE_INT8, x, m->hidden, a, b, d->logits);
+    table_rows(&m->head, x, 1, m->hidden, a, b, m->vocabulary, d->logits);
 }
 
 /* A whole pass, as one thread walks through it. */
@@ -541,6 +568,60 @@ static void pass(ternq_decoder *d, int id)
     }
 #endif
     walk_portable(d, id);
+}
+
+/* -- a table alone --------------------------------------------------------------------------------- */
+
+typedef struct {
+    const ternq_table *table;
+    const float *x;
+    float *y;
+    int64_t n, columns, rows;
+    atomic_llong next;
+} table_task;
+
+static INLINE void multiply_table(table_task *task)
+{
+    enum { SHARE = 256 }; /* rows; every thread reads on where it stands, as long as it can */
+    for (;;) {
+        int64_t first = atomic_fetch_add(&task->next, SHARE);
+        int64_t last = first + SHARE < task->rows ? first + SHARE : task->rows;
+        if (first >= task->rows)
+            return;
+        table_rows(task->table, task->x, task->n, task->columns, first, last, task->rows, task->y);
+    }
+}
+
+static void table_portable(void *task) { multiply_table(task); }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) static void table_avx2(void *task) { multiply_table(task); }
+#endif
+
+int ternq_table_product(const void *table, const uint16_t *scale, int64_t dtype, int64_t rows,
+                        int64_t columns, const float *x, int64_t n, float *y, int threads)
+{
+    if (rows < 0 || columns < 1 || n < 0 || dtype < 0 || dtype > TERNQ_TABLE_INT8)
+        return TERNQ_BAD;
+    const ternq_table t = {table, scale, dtype};
+    float *turned = NULL;
+    if (dtype == TERNQ_TABLE_INT8) {
+        turned = malloc((size_t)(n * columns) * sizeof(float) + 1);
+        if (!turned)
+            return TERNQ_MEMORY;
+        for (int64_t token = 0; token < n; token++)
+            by_fours(x + token * columns, columns, turned + token * columns);
+        x = turned;
+    }
+    table_task task = {.table = &t, .x = x, .y = y, .n = n, .columns = columns, .rows = rows};
+    void (*body)(void *) = table_portable;
+#if defined(__x86_64__)
+    if (strcmp(ternq_isa(), "portable"))
+        body = table_avx2;
+#endif
+    ternq_parallel(body, &task, n * rows * columns < 1 << 18 ? 1 : threads);
+    free(turned);
+    return 0;
 }
 
 /* -- the decoder ----------------------------------------------------------------------------------- */

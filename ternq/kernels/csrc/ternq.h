@@ -61,6 +61,12 @@ int ternq_matmul(const ternq_matrix *w, const float *x, int64_t n, float *y, int
 int ternq_linear(const ternq_matrix *w, const void *x, int64_t n, void *y, const void *bias,
                  int dtype, int act, int threads);
 
+/* y[n][rows] = x[n][columns] W' of an output head W [rows][columns] and a few tokens. dtype is that of
+ * W: one of those above, or TERNQ_TABLE_INT8, int8 with a float16 scale for each row. */
+enum { TERNQ_TABLE_INT8 = 3 };
+int ternq_table_product(const void *table, const uint16_t *scale, int64_t dtype, int64_t rows,
+                        int64_t columns, const float *x, int64_t n, float *y, int threads);
+
 /* Runs body(task) in `threads` threads at once and waits; the body shares the work out by an atomic
  * counter, so that it is right whatever number of threads really comes. */
 void ternq_parallel(void (*body)(void *), void *task, int threads);
