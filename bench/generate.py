@@ -10,6 +10,7 @@ Medians of the rounds are compared. The engines:
 - ``native``, ``native-int8``: the decoder of ``ternq generate``, activations of 16 and 8 bits;
 - ``transformers``: the same packed model through transformers' ``generate``;
 - ``dense``: the same values in dense float32 layers, through transformers' ``generate``;
+- ``compiled``, ``dense-compiled``: these two with a static cache and a compiled ``forward``;
 - one of llama.cpp for each ``--gguf``, in the Python that ``--llama`` names (llama-cpp-python built
   from its source). Its activations are rounded to 8 bits and its cache is float16.
 
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-OURS = ("native", "native-int8", "transformers", "dense")
+OURS = ("native", "native-int8", "transformers", "dense", "compiled", "dense-compiled")
 Round = Callable[[], tuple[float, float]]
 """Reads the prompt and writes the new tokens: the seconds of both."""
 
@@ -72,10 +73,10 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
     ids = torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(0))
     if native:
         return before, _native(loaded, ids.tolist(), new, engine == "native-int8")
-    if engine == "dense":
+    if engine.startswith("dense"):
         dense(loaded)
     give_back()
-    return before, _transformers(loaded, ids.unsqueeze(0), new)
+    return before, _transformers(loaded, ids.unsqueeze(0), new, engine.endswith("compiled"))
 
 
 def _native(model: Any, ids: list[int], new: int, int8: bool) -> Round:
@@ -99,10 +100,15 @@ def _native(model: Any, ids: list[int], new: int, int8: bool) -> Round:
     return once
 
 
-def _transformers(model: Any, ids: Any, new: int) -> Round:
+def _transformers(model: Any, ids: Any, new: int, compiled: bool) -> Round:
+    import torch
+
     from ternq.efficiency import Times, generated
 
     model.generation_config = type(model.generation_config)()
+    if compiled:
+        model.generation_config.cache_implementation = "static"
+        model.forward = torch.compile(model.forward)
 
     def once() -> tuple[float, float]:
         times = generated(model, ids, new, Times())

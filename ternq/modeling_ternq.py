@@ -152,8 +152,12 @@ class PackedLinear(Packed):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        prepared = self._form is not None
         self._give_up_form()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if prepared:  # a compiler that meets the layer cannot
+            self.prepare()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._give_up_form()

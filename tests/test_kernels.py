@@ -336,7 +336,8 @@ def test_small_layers_and_odd_groups_stay_as_they_are() -> None:
     assert kernels.fast(weight(256, 256, group_size=64)) and kernels.fast(weight(256, 250, 250))
 
 
-def test_a_model_generates_the_same() -> None:
+def packed_model() -> Any:
+    """A small Llama whose linear layers are packed, and large enough for kernels."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -357,6 +358,11 @@ def test_a_model_generates_the_same() -> None:
             codes, new.weight_scale, new.weight_shift = ternary.canonical(codes, scale, shift, 128)
             new.weight = pack_base3(codes)
             model.model.layers.set_submodule(name, new)
+    return model
+
+
+def test_a_model_generates_the_same() -> None:
+    model = packed_model()
     ids = torch.arange(6).view(1, 6)
     texts = []
     for kernel in ("torch", "native"):
@@ -425,8 +431,32 @@ def test_heads_of_packed_models_use_it() -> None:
         found = layer(x)
         with kernels.using("torch"):
             assert error(found, layer(x)) < 1e-6
-        assert torch.equal(torch.compile(layer, fullgraph=True)(x), found)
         assert error(layer(x.expand(2, 20, 64))[:, 3:4], found) < 1e-6
+
+
+@torch.no_grad()
+def test_a_packed_model_is_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # to look for the library must not break the graph either
+    if native.load()[0] is None:
+        pytest.skip("the kernels are not compiled here")
+    model = packed_model()
+    model.lm_head.__class__ = DenseHead
+    ids = torch.arange(5).view(1, 5)
+    wanted = model(ids, use_cache=False, logits_to_keep=1).logits
+    model.to("cpu")
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert layers and all(hasattr(layer, "words") for layer in layers)
+    graphs: list[str] = []
+
+    def kept(graph: Any, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=kept, fullgraph=True)
+    found = compiled(ids, use_cache=False, logits_to_keep=1).logits
+    assert torch.equal(found, wanted)
+    assert len(graphs) == 1
+    assert graphs[0].count("ternq.matmul") == len(layers) and "ternq.table" in graphs[0]
 
 
 def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch, lib: native.Native) -> None:

@@ -162,6 +162,12 @@ def _native() -> native.Native:
     return found
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_native() -> bool:
+    """Whether the CPU's products are those of the C kernels; compilers take it for settled."""
+    return library() is not None
+
+
 def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, act: Act) -> Tensor:
     if weight.layout == "triton":
         from ternq.kernels import gpu
@@ -198,7 +204,7 @@ def table_product(x: Tensor, table: Tensor, scale: Tensor | None = None) -> Tens
     ``[rows]``. It is read once, by all threads, where torch's product of a single token leaves
     float32 to one of them and opens int8 first. There is no gradient.
     """
-    if x.device.type != "cpu" or table.device.type != "cpu" or library() is None:
+    if x.device.type != "cpu" or table.device.type != "cpu" or not _is_native():
         return None
     if not 0 < x.numel() <= FEW * x.shape[-1] or x.dtype not in native.DTYPES:
         return None
