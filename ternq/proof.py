@@ -17,6 +17,7 @@ from ternq import artefact, checkpoint, hf, int8, kernels, outlines, packing, st
 from ternq.artefact import Written
 from ternq.errors import InputError, TernqError, VerificationError
 from ternq.linear import packed_layers
+from ternq.modeling_ternq import DenseHead
 from ternq.progress import Event, Progress, ignore
 from ternq.source import Source, open_artefact
 from ternq.ternary import TernaryWeight
@@ -263,4 +264,7 @@ def dense(model: nn.Module) -> nn.Module:
             plain: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         plain.weight, plain.bias = nn.Parameter(weight.dequantized()), layer.bias
         model.set_submodule(name, plain)
+    for module in model.modules():
+        if isinstance(module, DenseHead):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     return model
