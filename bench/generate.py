@@ -82,10 +82,9 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
 def _native(model: Any, ids: list[int], new: int, int8: bool) -> Round:
     import torch
 
-    from ternq.decoder import Decoder, leave_file
+    from ternq.decoder import Decoder
     from ternq.sampling import Sampling
 
-    leave_file(model)
     decoder = Decoder(model, len(ids) + new, int8=int8)
     torch.set_num_threads(1)
 

@@ -19,9 +19,7 @@ from ternq import kernels, outlines
 from ternq.errors import ResourceError
 from ternq.kernels import native
 from ternq.kernels.packed import PackedWeight
-from ternq.linear import packed_layers
 from ternq.modeling_ternq import METHOD, Int8, PackedLinear
-from ternq.perplexity import give_back
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not change with the length
@@ -111,19 +109,6 @@ def obstacle(model: Any, context: int) -> str | None:
     if kernels.library() is None:
         return f"its products are made by {kernels.choice()}"
     return None
-
-
-def leave_file(model: Any) -> None:
-    """Convert packed layers, copy what is mapped from the model's file, and give the rest back.
-
-    Loading maps the file whole: while one tensor lies in it, so do the packed layers, which are
-    read no more.
-    """
-    for layer in packed_layers(model).values():
-        layer.prepare()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    give_back()
 
 
 class Decoder:

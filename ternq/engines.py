@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq.decoder import Decoder, leave_file, obstacle
+from ternq.decoder import Decoder, obstacle
 from ternq.efficiency import resident
 from ternq.errors import InputError, RecipeError
 from ternq.hf import Loaded
@@ -91,7 +91,6 @@ def run(job: Job, stream: Stream, dtype: Any, progress: Progress) -> dict[str, A
 
 
 def _native(job: Job, stream: Stream) -> dict[str, Any]:
-    leave_file(job.loaded.model)
     position, ids = 0, job.ids
     threads = torch.get_num_threads()
     with Decoder(job.loaded.model, len(ids) + job.count, int8=job.int8) as decoder:

@@ -5,7 +5,7 @@ any long work begins: transformers itself would fill missing weights with random
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ternq import checkpoint
 from ternq.errors import InputError, ResourceError, VerificationError
 from ternq.formats.gguf_file import Header
 from ternq.linear import packed_layers
-from ternq.modeling_ternq import METHOD
+from ternq.modeling_ternq import METHOD, PackedLinear
 from ternq.origin import (
     BASE_FOLDER,
     RUN_FILE,
@@ -33,6 +33,7 @@ from ternq.origin import (
     refuse_unfinished,
 )
 from ternq.outlines import check_structure, config_of, quantized_by, skeleton
+from ternq.perplexity import give_back
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, display_name
 from ternq.states import load_state, put_ternary
@@ -101,9 +102,26 @@ def load(
     for layer in packed.values() if int8_activations else ():
         layer.act = "int8"
     stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
-    return Loaded(
-        _to(loaded.eval(), device), tokenizer, display_name(model), model, kind, path, stored
-    )
+    loaded = _to(loaded.eval(), device)
+    if packed:
+        _leave_file(loaded, packed.values())
+    return Loaded(loaded, tokenizer, display_name(model), model, kind, path, stored)
+
+
+def _leave_file(model: Any, packed: Iterable[PackedLinear]) -> None:
+    """Copy what is mapped from the model's file, and give the rest of it back.
+
+    Loading maps the file whole: while one tensor lies in it, so do the packed layers, which are
+    read no more once they have the form of their kernel.
+    """
+    own = {id(layer.words) for layer in packed if layer.prepare()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in own:
+                module._buffers[name] = buffer.clone()  # with new data alone it stays a view
+    give_back()
 
 
 def drawn(

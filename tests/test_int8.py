@@ -77,6 +77,15 @@ def test_it_loads_ties_runs_and_saves(made: tuple[Path, Any, Any], tmp_path: Pat
     assert (logits(exact) - logits(model)).abs().max() < 0.1 * logits(model).std() * 5
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux tells what is mapped")
+def test_nothing_of_a_loaded_model_lies_in_its_file(made: tuple[Path, Any, Any]) -> None:
+    out, _, _ = made
+    for dtype in (torch.float32, torch.bfloat16):
+        model = hf.load(str(out), dtype=dtype).model
+        assert str(out) not in Path("/proc/self/maps").read_text()
+        assert torch.isfinite(logits(model)).all()
+
+
 def test_a_cast_keeps_the_stored_numbers(made: tuple[Path, Any, Any]) -> None:
     out, _, _ = made
     model = hf.load(str(out), dtype=torch.float32).model
