@@ -131,11 +131,18 @@ def ternarize(
     if plan:
         from ternq.ternarize import check
 
-        check(made, embeddings=embeddings, keep_dtype=keep_dtype, tasks=tasks,
-              data_dir=settings["data_dir"], log_with=_names(log_with),
-              offline=settings["offline"])  # fmt: skip
-        others = {"overwrite": overwrite, "memory": memory, "devices": devices}
-        return _plan(made, _path(out), world | others)
+        place = _path(out)
+        done = check(
+            place, made, embeddings=embeddings, keep_dtype=keep_dtype, tasks=tasks,
+            limit=_limit(settings["limit"]), data_dir=settings["data_dir"],
+            log_with=_names(log_with), offline=settings["offline"], overwrite=overwrite,
+        )  # fmt: skip
+        if done:
+            said = f"{place} is finished already with this recipe: the command does nothing"
+            progress(Event("plan", said))
+        others: Payload = {"overwrite": overwrite or done, "memory": memory, "devices": devices}
+        others |= {"keep_dtype": keep_dtype, "embeddings": embeddings}
+        return _plan(made, place, world | others)
     from ternq.gates import judge_training
     from ternq.ternarize import ternarize as verb
 
@@ -192,9 +199,16 @@ def distill(
     refuse_rounding(made)
     world = _world(device, settings) | {"progress": progress}
     if plan:
-        others: Payload = {"teacher": teacher, "overwrite": overwrite, "by_blocks": False}
+        from ternq.origin import RUN_FILE
+
+        place = _path(out)
+        begun = not overwrite and (place / RUN_FILE).is_file()
+        if begun:
+            said = f"{place} is a run: the command goes on with it if it is of this recipe"
+            progress(Event("plan", said))
+        others: Payload = {"teacher": teacher, "overwrite": overwrite or begun, "by_blocks": False}
         others |= {"memory": memory, "devices": devices}
-        return _plan(made, _path(out), world | others)
+        return _plan(made, place, world | others)
     from ternq.distill import distill as verb
 
     result = verb(
@@ -287,7 +301,6 @@ def pack(
     offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options
     from ternq.pack import pack as verb
-    from ternq.pack import plan as planned
     from ternq.pack import verify as check
 
     if verify is not None:
@@ -308,8 +321,7 @@ def pack(
             raise UsageMistake(f"--verify writes nothing: {beside} has no meaning beside it.")
         checked = check(verify, model=model, offline=offline, progress=progress)
         return {"model": str(verify), "out": None, **checked}
-    make = planned if plan else partial(verb, extra={"made": _made()})
-    return make(
+    return verb(
         cast("str", model),
         _path(out),
         format=format,
@@ -321,6 +333,8 @@ def pack(
         keep_dtype=keep_dtype,
         offline=offline,
         progress=progress,
+        extra={"made": _made()},
+        plan=plan,
     )
 
 

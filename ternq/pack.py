@@ -27,7 +27,7 @@ from ternq.source import Source, of_model
 from ternq.weights import embeddings as embeddings_of
 from ternq.weights import stored_dtype, with_file
 
-__all__ = ["Options", "pack", "plan", "verify"]
+__all__ = ["Options", "pack", "verify"]
 
 Measure = Callable[[Path], Mapping[str, Any]]
 """What is measured of a new artefact before it is published; goes into its card and the result."""
@@ -48,6 +48,7 @@ def pack(
     progress: Progress = ignore,
     extra: Mapping[str, Any] | None = None,
     measure: Measure | None = None,
+    plan: bool = False,
 ) -> dict[str, Any]:
     """Write a ternary model as an artefact at ``out``; returns the contract's fields.
 
@@ -55,7 +56,9 @@ def pack(
     source that is open.
     ``extra`` goes into the manifest. What is finished already, asked for again of the same files,
     is left as it is. Before the folder gets its name it is read again and compared:
-    every tensor to the bit; of a model that fits, also the logits.
+    every tensor to the bit; of a model that fits, also the logits. A ``plan`` checks all that can
+    be checked without packing, writes nothing, and returns what would be written; of too little
+    room ``fits`` tells.
 
     Raises:
         InputError: the model is not ternary.
@@ -67,17 +70,22 @@ def pack(
     _check_request(format, embeddings, keep_dtype, options)
     name = checkpoint.MANIFEST if format == "ternq" else checkpoint.EXPORT_MANIFEST
     asked = _digest(model, format, embeddings, group_size, skip, vars(options), keep_dtype)
+    finished = None
     if asked and not overwrite and (out / name).is_file():
         manifest = checkpoint.read_manifest(out, name)
         if manifest.get("asked_sha256") == asked:
             checkpoint.verify_files(out, name)  # what is finished must also be whole
             progress(Event("done", f"{out} is finished already, of the same; nothing to do"))
-            kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
-            return {"out": str(out), **kept}
-    checkpoint.check_output(out, overwrite)
+            finished = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
+    if finished is None:
+        checkpoint.check_output(out, overwrite)
+    elif not plan:
+        return {"out": str(out), **finished}
     with _opened(model, group_size, skip, offline, progress) as source:
         _refuse_input(model, out)
         _refuse_dense(source, format)
+        if plan:
+            return _planned(source, format, options, out)
         _check_room(source, format, options, out)
         with checkpoint.staging(out, overwrite) as staged:
             if format == "ternq":
@@ -95,50 +103,27 @@ def pack(
     return {"out": str(out), "files": manifest["files"], **made}
 
 
-def plan(
-    model: str,
-    out: Path,
-    *,
-    format: str = "ternq",
-    embeddings: str = "keep",
-    group_size: int | None = None,
-    skip: tuple[str, ...] = (),
-    options: Options | None = None,
-    overwrite: bool = False,
-    keep_dtype: bool = False,
-    offline: bool = False,
-    progress: Progress = ignore,
-) -> dict[str, Any]:
-    """What `pack` would write; all is checked that can be without packing, and nothing is written.
-
-    ``seconds`` are of packing and reading back all layers, at the rate of one that is packed here.
-    Raises what `pack` does; of too little room ``fits`` tells.
-    """
-    options = options or Options()
-    _check_request(format, embeddings, keep_dtype, options)
-    checkpoint.check_output(out, overwrite)
-    with _opened(model, group_size, skip, offline, progress) as source:
-        _refuse_input(model, out)
-        _refuse_dense(source, format)
-        needed, free = _room(source, format, options, out)
-        linear = _linear(source)
-        return {
-            "plan": True,
-            "out": str(out),
-            "format": format,
-            "weights": {
-                "parameters": source.parameters,
-                "coverage": linear / source.parameters,
-                "bytes": needed,
-                "bytes_dense_bf16": 2 * source.parameters,
-            },
-            "disk": {"needed": needed, "free": free},
-            "seconds": {"total": _seconds(source, linear)},
-            "dense_layers": [vars(d) for d in _dense(source)],
-            "notes": list(source.notes),
-            "fits": needed <= free,
-            "reason": None if needed <= free else _no_room(needed, free, out),
-        }
+def _planned(source: Source, format: str, options: Options, out: Path) -> dict[str, Any]:
+    """What would be written, and ``seconds`` of packing and reading back, by one layer's rate."""
+    needed, free = _room(source, format, options, out)
+    linear = _linear(source)
+    return {
+        "plan": True,
+        "out": str(out),
+        "format": format,
+        "weights": {
+            "parameters": source.parameters,
+            "coverage": linear / source.parameters,
+            "bytes": needed,
+            "bytes_dense_bf16": 2 * source.parameters,
+        },
+        "disk": {"needed": needed, "free": free},
+        "seconds": {"total": _seconds(source, linear)},
+        "dense_layers": [vars(d) for d in _dense(source)],
+        "notes": list(source.notes),
+        "fits": needed <= free,
+        "reason": None if needed <= free else _no_room(needed, free, out),
+    }
 
 
 def _seconds(source: Source, linear: int) -> float:
@@ -291,9 +276,11 @@ def _foreign(
             "coverage": linear / source.parameters,
             "bpw_linear": exported.bits / linear if linear else None,
             "bpw_embeddings": _embedding_bits(source, format, exported.encoding),
+            "bpw_total": 8 * size / source.parameters,
             "bpw_file": 8 * size / source.parameters,
             "bytes": size,
             "bytes_dense_bf16": 2 * source.parameters,
+            "zero_share": _zeros(source) / linear if linear else None,
             "parameters": source.parameters,
         },
         "verify": {
@@ -307,6 +294,11 @@ def _foreign(
         "dense_layers": [vars(d) for d in _dense(source)],
         "notes": [*source.notes, *exported.notes],
     }
+
+
+def _zeros(source: Source) -> int:
+    """Codes that are zero, of all layers."""
+    return sum(int((source.layer(name).codes == 0).sum()) for name in source.modules)
 
 
 def _embedding_bits(source: Source, format: str, encoding: str) -> float | None:

@@ -42,6 +42,8 @@ def plan(
     out: Path,
     teacher: str | None = None,
     overwrite: bool = False,
+    keep_dtype: bool = False,
+    embeddings: str = "keep",
     by_blocks: bool = True,
     memory: int | None = None,
     devices: int | None = None,
@@ -79,7 +81,8 @@ def plan(
         student, selection = student_of(
             built(), built.scheme or recipe.scheme, recipe.training, built()
         )
-    weights = weights_summary(student, stored_dtype(outlines.dtype_of(built.config)))
+    dtype = stored_dtype(outlines.dtype_of(built.config), keep_dtype)
+    weights = weights_summary(student, dtype, int8_tables=embeddings == "int8")
     training = _training(recipe, None)
     width = built.config.get_text_config().hidden_size
     disk = _disk(weights, counted, recipe, training["tokens"] or 0, width)

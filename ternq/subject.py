@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ternq import hf, origin, states
+from ternq.errors import InputError
 from ternq.files import sha256
 from ternq.hf import Loaded
 from ternq.kernels import choice
@@ -96,15 +97,14 @@ class Subject:
             size = sum(file["bytes"] for file in manifest["files"])
             return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
         if path is not None and (path / EXPORT_MANIFEST).is_file():
-            manifest = read_manifest(path, EXPORT_MANIFEST)
-            if "bpw_total" in manifest["weights"]:  # a baseline: its bits as they would be stored
-                size = sum(file["bytes"] for file in manifest["files"])
-                return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
+            manifest = read_manifest(path, EXPORT_MANIFEST)  # a baseline's: as it would be stored
+            size = sum(file["bytes"] for file in manifest["files"])
+            return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
         if loaded.kind != "dense":
             return {"kind": loaded.kind} | weights_summary(loaded.model, loaded.dtype)
         count = loaded.model.num_parameters()
         own = {"kind": loaded.kind, "parameters": count}
-        if files := _files(loaded.source):
+        if files := _files(loaded.source) or _on_the_hub(loaded):
             own["file_bytes"] = sum(file.stat().st_size for file in files)
         if path is not None and path.is_file():  # a GGUF file: embeddings may have other bits
             size = path.stat().st_size
@@ -121,6 +121,17 @@ def _files(model: str) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(file for kind in _FILES for file in path.glob(kind))
+
+
+def _on_the_hub(loaded: Loaded) -> list[Path]:
+    """The files of a checkpoint on the hub, in the local cache."""
+    if loaded.path is not None:
+        return []
+    try:
+        folder = origin.model_folder(loaded.source, None, offline=True)
+    except InputError:  # made in memory
+        return []
+    return sorted(file for kind in _FILES for file in folder.glob(kind))
 
 
 def _live(loaded: Loaded) -> str:

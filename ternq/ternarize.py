@@ -65,9 +65,7 @@ def ternarize(
     recipe = untrained(recipe)
     baseline.check(recipe, embeddings, keep_dtype)
     run = out.with_name(out.name + ".run")
-    asked = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
-    asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
-    asked |= {"tasks": list(tasks), "limit": limit} if tasks else {}
+    asked = _request(recipe, keep_dtype, embeddings, tasks, limit)
     # a command that ended between packing and its report goes on, and packs once more
     half = (run / origin.RUN_FILE).is_file() and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)
@@ -169,19 +167,40 @@ def ternarize(
 
 
 def check(
+    out: Path,
     recipe: Recipe,
     *,
     embeddings: str,
     keep_dtype: bool,
     tasks: tuple[str, ...],
+    limit: Limit,
     data_dir: str | Path | None,
     log_with: tuple[str, ...],
     offline: bool,
-) -> None:
-    """What a plan checks of the options that are no part of the recipe; see `ternarize`."""
+    overwrite: bool,
+) -> bool:
+    """What a plan checks of the options that are no part of the recipe; see `ternarize`.
+
+    Returns whether nothing is to be done: ``out`` is what this very request makes, finished.
+
+    Raises:
+        RecipeError: as `ternarize` would, also of an artefact that another recipe made.
+    """
+    recipe = untrained(recipe)
     trackers.check(log_with)
-    baseline.check(untrained(recipe), embeddings, keep_dtype)
+    baseline.check(recipe, embeddings, keep_dtype)
     _jobs(tasks, data_dir, offline)
+    asked = _request(recipe, keep_dtype, embeddings, tasks, limit)
+    return not overwrite and _finished(out, recipe, asked) is not None
+
+
+def _request(
+    recipe: Recipe, keep_dtype: bool, embeddings: str, tasks: tuple[str, ...], limit: Limit
+) -> dict[str, Any]:
+    """What was asked for, as the manifest keeps it: the same again is not made again."""
+    asked: dict[str, Any] = {"asked": recipe.to_json(), "keep_dtype": keep_dtype}
+    asked |= {"embeddings": embeddings} if embeddings != "keep" else {}
+    return asked | ({"tasks": list(tasks), "limit": limit} if tasks else {})
 
 
 def _jobs(tasks: tuple[str, ...], data_dir: str | Path | None, offline: bool) -> list[Job]:

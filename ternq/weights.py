@@ -69,12 +69,15 @@ def with_file(weights: dict[str, Any], folder: Path) -> dict[str, Any]:
     return weights | {"bpw_file": 8 * size / weights["parameters"]}
 
 
-def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def weights_summary(
+    model: nn.Module, dtype: torch.dtype = torch.bfloat16, *, int8_tables: bool = False
+) -> dict[str, Any]:
     """The contract's ``weights`` of a model whose ternary layers are in training or packed.
 
     ``dtype`` is what the other parameters are stored in. ``bpw_linear`` counts stored codes,
     padding, scales and shifts; ``bpw_embeddings`` embeddings and output head; ``bpw_total`` every
     parameter as stored. ``coverage`` is the share of the dense model's parameters that are ternary.
+    ``int8_tables``: embeddings and output head will be stored in 8 bits with a scale for each row.
     """
     tally = Tally()
     seen: set[int] = set()
@@ -96,6 +99,8 @@ def weights_summary(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> di
                 continue
             seen.add(id(parameter))
             bits = parameter.numel() * dtype.itemsize * 8
+            if int8_tables and module in tables and name == "weight":
+                bits = 8 * parameter.numel() + 16 * len(parameter)
             tally.add_dense(parameter.numel(), bits, embedding=module in tables)
     if not tally.linear:  # a dense model: its linear layers are among the others
         return tally.summary() | {"bpw_linear": 8.0 * dtype.itemsize}

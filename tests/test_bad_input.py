@@ -433,12 +433,19 @@ def test_output_of_another_recipe(
     assert ternq(*ask)["exit_code"] == 0
     before = checkpoints.contents(Path("out"))
     assert ternq(*ask)["exit_code"] == 0  # finished already
-    refused(ternq(*ask, "--lr", "0.05"), 2, "another recipe", "lr", out=None)
+    planned = ternq(*ask, "--plan")
+    assert planned["exit_code"] == 0 and planned["plan"]
+    for extra in ([], ["--plan"]):
+        refused(ternq(*ask, "--lr", "0.05", *extra), 2, "another recipe", "lr", out=None)
+    assert ternq(*ask, "--lr", "0.05", "--overwrite", "--plan")["exit_code"] == 0
     refused(ternq(*ask, "--no-shift"), 2, "another recipe", "shift", out=None)
     assert checkpoints.contents(Path("out")) == before
     assert ternq(*ask, "--lr", "0.05", "--overwrite")["exit_code"] == 0
     assert checkpoints.contents(Path("out")) != before
     assert {p.name for p in Path.cwd().iterdir()} == {"out", "out.report"}
+    ask = ["distill", model, "-o", "run", "--data", text, *QUICK]
+    assert ternq(*ask)["exit_code"] == 0
+    assert ternq(*ask, "--plan")["exit_code"] == 0
 
 
 def test_the_model_is_never_the_output(

@@ -30,6 +30,7 @@ from ternq.errors import (
 )
 from ternq.progress import Event
 from ternq.recipe import DEMO_FOLDER
+from ternq.subject import Subject, World
 
 
 def saved(folder: Path, model: Any = None) -> Path:
@@ -106,6 +107,10 @@ def test_the_hubs_cache_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = measure("somebody/tiny", offline=True, prompt=4, new=2)
     weights = cache / "snapshots" / "0123abcd" / "model.safetensors"
     assert found["file_bytes"] == weights.stat().st_size
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole = Subject("somebody/tiny", World(offline=True)).summary()
+    files = [path.stat().st_size for path in weights.parent.iterdir()]
+    assert weights.stat().st_size < whole["file_bytes"] == sum(files)
 
 
 def test_fewer_positions_are_shared_in_proportion() -> None:

@@ -56,6 +56,9 @@ def test_the_artefact_holds_rounded_rows_once(made: tuple[Path, Any, Any]) -> No
         assert 0 < result["verify"]["int8_error"][f"{name}.weight"] < 0.01
     assert ("lm_head.weight" in stored) != tied
     assert result["weights"]["bpw_embeddings"] == 8 + 16 / 36
+    planned = weights_summary(model, int8_tables=True)
+    for key in ("bpw_embeddings", "bpw_total", "bytes"):
+        assert planned[key] == result["weights"][key]
     assert verify(out)["weights"] == result["weights"]
 
 

@@ -210,6 +210,10 @@ def test_an_artefact_on_the_hub_is_one_too(
     assert type(found.model).__module__.startswith("transformers.")
     assert outlines.blueprint(name, offline=True).scheme is not None
     assert pack(name, tmp_path / "again", offline=True)["verify"]["ok"]
+    dense = pack(name, tmp_path / "dense", format="dense", offline=True)["weights"]
+    packed = checkpoint.read_manifest(folder)["weights"]
+    assert dense["zero_share"] == packed["zero_share"]
+    assert dense["bpw_total"] == dense["bpw_file"] > 16
     (folder / "config.json").write_text("{}")
     with pytest.raises(VerificationError, match="config.json has 2 bytes"):
         hf.load(name, offline=True)

@@ -25,7 +25,7 @@ from ternq.errors import InputError, RecipeError, ResourceError, VerificationErr
 from ternq.hf import Loaded
 from ternq.linear import packed_layers, prepare, ternary_layers
 from ternq.modeling_ternq import PackedLinear
-from ternq.pack import Options, pack, plan, verify
+from ternq.pack import Options, pack, verify
 from ternq.packing import pack_base3
 from ternq.progress import Event
 from ternq.recipe import Scheme
@@ -291,7 +291,7 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     out = tmp_path / "out"
-    found = plan(str(shared), out, format=format)
+    found = pack(str(shared), out, format=format, plan=True)
     assert nothing_written(tmp_path)
     made = pack(str(shared), out, format=format)
     tensors = sum(f["bytes"] for f in made["files"] if f["path"].endswith(".safetensors"))
@@ -300,10 +300,12 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(
         assert found["weights"][key] == made["weights"][key]
     assert found["dense_layers"] == made["dense_layers"] and found["fits"]
     assert found["seconds"]["total"] > 0
+    again = pack(str(shared), out, format=format, plan=True)  # and pack itself does nothing
+    assert again["weights"] == found["weights"]
     with pytest.raises(RecipeError, match="exists"):
-        plan(str(shared), out, format=format)
+        pack(str(shared), out, format=format, group_size=8, plan=True)
     monkeypatch.setattr(checkpoint, "free_disk", lambda _: 10)
-    small = plan(str(shared), tmp_path / "other", format=format)
+    small = pack(str(shared), tmp_path / "other", format=format, plan=True)
     assert not small["fits"] and "are free" in small["reason"]
 
 
