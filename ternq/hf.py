@@ -103,7 +103,7 @@ def load(
         layer.act = "int8"
     stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
     loaded = _to(loaded.eval(), device)
-    if packed:
+    if packed and torch.device(device).type == "cpu":
         _leave_file(loaded, packed.values())
     return Loaded(loaded, tokenizer, display_name(model), model, kind, path, stored)
 
