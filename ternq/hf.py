@@ -182,6 +182,8 @@ def _of_artefact(path: Path | None) -> Iterator[None]:
 
 def _to(model: Any, device: str) -> Any:
     try:
+        if model.device == torch.device(device):
+            return model  # packed layers would go back to the file's form and out of it again
         return model.to(device)
     except torch.OutOfMemoryError:
         raise ResourceError(f"'{device}' has not enough memory for the model.") from None

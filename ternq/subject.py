@@ -120,7 +120,11 @@ def _files(model: str) -> list[Path]:
         return []
     if path.is_file():
         return [path]
-    return sorted(file for kind in _FILES for file in path.glob(kind))
+    return _of_folder(path)
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    return sorted(file for kind in _FILES for file in folder.glob(kind))
 
 
 def _on_the_hub(loaded: Loaded) -> list[Path]:
@@ -131,7 +135,7 @@ def _on_the_hub(loaded: Loaded) -> list[Path]:
         folder = origin.model_folder(loaded.source, None, offline=True)
     except InputError:  # made in memory
         return []
-    return sorted(file for kind in _FILES for file in folder.glob(kind))
+    return _of_folder(folder)
 
 
 def _live(loaded: Loaded) -> str:
