@@ -216,7 +216,7 @@ def start_block(
     they became as it is (`use`); what happened goes into ``done``.
     """
     use_latent(layers)
-    for stage in _stages(block, layers, calls[0], autocast):
+    for stage in stages(block, layers, calls[0], autocast):
         for name, hessian in _hessians(block, stage, calls, autocast).items():
             try:
                 done.add(name, (rounding or _start)(layers[name], hessian))
@@ -225,7 +225,7 @@ def start_block(
                 raise InputError(f"The {what} of {name} failed: {error}.") from error
             use(layers[name], layers[name].value())
             check()
-    if settings is not None and settings.reconstruction_epochs:
+    if settings is not None and settings.passes:
         for layer in layers.values():
             use(layer, None)
         done.distances.append(
@@ -274,7 +274,7 @@ def use(layer: Layer, weight: Tensor | None) -> None:
         vars(layer)["forward"] = lambda x: F.linear(x, fixed.to(x.dtype), layer.bias)
 
 
-def _stages(
+def stages(
     block: nn.Module,
     layers: Mapping[str, Layer],
     call: Call,

@@ -387,14 +387,13 @@ def _compensate(
             kept.load(index, block)
         return
     device = torch.device(prepared.device)
-    reconstructed = settings.start == "reconstructed"
     record["start"] = compensated_start(
         model,
         torch.stack(taken),
-        rows=rows_at_once(settings, reconstructed),
+        rows=rows_at_once(settings),
         device=prepared.device,
         autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
-        reconstruction=settings if reconstructed else None,
+        reconstruction=settings if settings.passes else None,
         seed=prepared.recipe.seed,
         progress=progress,
         check=check,

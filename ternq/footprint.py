@@ -254,8 +254,6 @@ def _sharded(whole: Footprint, student: Any, teacher: Any, forward: int, count: 
 
 def _start(teacher: Any, settings: Training) -> int:
     """What compensating and reconstructing one block after another take beside the models."""
-    if settings.start == "compensated":
-        settings = replace(settings, reconstruction_epochs=0)
     return bytes_needed(teacher, settings) if settings.calibrated else 0
 
 

@@ -184,6 +184,12 @@ class Training:
         return self.start in ("compensated", "reconstructed")
 
     @property
+    def passes(self) -> int:
+        """Passes over the text of the start in which a block is trained."""
+        untrained = ("compensated",) if self.block_by_block else ("compensated", "closed-form")
+        return 0 if self.start in untrained else self.reconstruction_epochs
+
+    @property
     def peak_lr(self) -> float:
         """``lr``, or what suits the start."""
         return self.lr if self.lr is not None else self.usual_lr()

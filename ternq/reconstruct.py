@@ -64,7 +64,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     began = [p.detach().clone() for p in parameters]
     order: list[int] = []
-    steps = settings.reconstruction_epochs * len(calls)
+    steps = settings.passes * len(calls)
     with torch.enable_grad():
         for step in range(steps):
             if step % len(calls) == 0:
@@ -100,8 +100,13 @@ def mean_distance(
     return float(torch.stack(found).mean())
 
 
-def rows_at_once(settings: Training, reconstructing: bool) -> int:
+def work(settings: Training) -> tuple[int, int]:
+    """Steps in which a block is trained, and the tokens that they read."""
+    blocks = settings.passes * settings.calibration
+    steps = settings.passes * -(-settings.calibration // rows_at_once(settings))
+    return steps, blocks * settings.sequence_length
+
+
+def rows_at_once(settings: Training) -> int:
     """Blocks of text that pass through a block at once: one where they are steps of training."""
-    if reconstructing and settings.reconstruction_epochs:
-        return 1
-    return settings.micro_batch_size or settings.batch_size
+    return 1 if settings.passes else settings.micro_batch_size or settings.batch_size

@@ -9,7 +9,7 @@ activations are computed again from the finished ones, to the same bits.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,7 +30,7 @@ from ternq.perplexity import BLOCK, free_memory
 from ternq.prepared import Prepared, described, refuse_own_code, text_of
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Training
-from ternq.reconstruct import rows_at_once
+from ternq.reconstruct import rows_at_once, work
 from ternq.snapshots import METRICS
 from ternq.source import Source, of_stored, stored_names
 from ternq.ternary import TernaryWeight
@@ -90,7 +90,7 @@ def prepare_run(
         raise RecipeError("Block by block, the teacher is the model itself.", "Leave it out.")
     loaded, folder = hf.outline(model, offline=offline)
     refuse_own_code(loaded)
-    training, said_of_start = _start(recipe.training)
+    training = recipe.training
     specs, note = text_of(loaded, training.data, record, offline)
     if corpora.has_own_text(specs):
         raise RecipeError(
@@ -101,10 +101,11 @@ def prepare_run(
     selection = prepare(student.model, recipe.scheme, training.ste)
     walk = Walk(model, folder, device)
     progress(Event("load", "Reading the checkpoint once, to know that it is whole"))
-    recipe = replace(
-        recipe, training=training, base=walk.fingerprint(progress), version=ternq.__version__
-    )
-    notes = [*notes, *said_of_start]
+    recipe = replace(recipe, base=walk.fingerprint(progress), version=ternq.__version__)
+    notes = [*notes]
+    if training.start == "closed-form":
+        said = "Start: block by block it is the reconstructed one; --start closed-form is for a "
+        notes.append(said + "model that fits.")
     notes += [rule] if (rule := group_rule(selection, recipe.scheme.group_size)) else []
     notes += [note] if note else []
     for said in notes:
@@ -112,14 +113,6 @@ def prepare_run(
     text = corpora.corpus(loaded, recipe, specs, offline=offline, progress=progress, cache=cache)
     text.held_out = text.held_out[: max(2, training.calibration * training.sequence_length)]
     return Streamed(recipe, loaded, student, selection, text, notes, recipe.base, walk=walk)
-
-
-def _start(training: Training) -> tuple[Training, list[str]]:
-    """The training with what ``--start`` means here, and what is to be said of it."""
-    if training.start == "compensated":
-        return replace(training, reconstruction_epochs=0), []
-    said = "Start: block by block it is the reconstructed one; --start closed-form is for a model "
-    return training, [] if training.start == "reconstructed" else [said + "that fits."]
 
 
 def train_run(
@@ -223,7 +216,7 @@ class _Maker:
         rows = prepared.length
         held = prepared.corpus.held_out
         self.held = held[: len(held) // rows * rows].view(-1, rows)
-        self.calls = self.walk.calls(self.ids, rows_at_once(self.settings, True))
+        self.calls = self.walk.calls(self.ids, rows_at_once(self.settings))
         self.held_calls = self.walk.calls(self.held, 1)
         self.dense = self.own = [call.hidden for call in self.calls[0]]
         self.streams = {who: [call.hidden for call in self.held_calls[0]] for who in WHO}
@@ -237,7 +230,7 @@ class _Maker:
         held, self.held_calls[index] = self.held_calls[index], []
         self._pass_on("teacher", block, held)
         self.dense = run(block, on(calls, self.dense), self.autocast)
-        layers = self._put_in(block, index)
+        layers = put_in(block, self._prefix(index), self.names, self.prepared.recipe)
         self._pass_on("untrained", block, held)
         now = on(calls, self.own)
         path = self.out / runs.BLOCKS / f"{index:05d}.safetensors"
@@ -279,22 +272,23 @@ class _Maker:
     def _prefix(self, index: int) -> str:
         return f"{self.walk.prefix}.{index}."
 
-    def _put_in(self, block: nn.Module, index: int) -> dict[str, TernaryLinear]:
-        """Ternary layers in the place of the block's own, at their closed form; by full name."""
-        prefix, found = self._prefix(index), {}
-        for name in self.names:
-            if name.startswith(prefix):
-                own = name.removeprefix(prefix)
-                layer = block.get_submodule(own)
-                found[name] = TernaryLinear.from_dense(
-                    layer, self.prepared.recipe.scheme, self.settings.ste
-                )
-                block.set_submodule(own, found[name])
-        return found
-
     def _pass_on(self, who: str, block: nn.Module, calls: Any) -> None:
         plain: AbstractContextManager[Any] = nullcontext()
         self.streams[who] = run(block, on(calls, self.streams[who]), plain)
+
+
+def put_in(
+    block: nn.Module, prefix: str, names: Iterable[str], recipe: Recipe
+) -> dict[str, TernaryLinear]:
+    """Ternary layers in the place of a block's own, at their closed form; by full name."""
+    found = {}
+    for name in names:
+        if name.startswith(prefix):
+            own = name.removeprefix(prefix)
+            layer = block.get_submodule(own)
+            found[name] = TernaryLinear.from_dense(layer, recipe.scheme, recipe.training.ste)
+            block.set_submodule(own, found[name])
+    return found
 
 
 def _stored(block: nn.Module, prefix: str, layers: dict[str, TernaryLinear]) -> dict[str, Tensor]:
@@ -346,15 +340,14 @@ def _report(
     lines = [{"step": i, "loss": after} for i, (_, after) in enumerate(pairs, 1)]
     (out / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)] if pairs else [None, None]
-    tokens = settings.reconstruction_epochs * settings.calibration * settings.sequence_length
+    steps, tokens = work(settings)
     made = replace(recipe, training=replace(settings, data=prepared.corpus.specs))
     return {
         "model": recipe.model,
         **{who: record[who] for who in WHO},
         "recipe": made.to_json(),
         "training": {
-            "steps": settings.reconstruction_epochs
-            * -(-settings.calibration // rows_at_once(settings, True)),
+            "steps": steps,
             "tokens": tokens,
             "tokens_per_second": tokens / record["seconds"] if pairs else None,
             "loss_first": means[0],

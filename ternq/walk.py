@@ -26,7 +26,7 @@ from ternq.modeling_ternq import features
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Training
 
-_TOKENS = 512  # whose logits are held at once
+TOKENS_AT_ONCE = 512  # whose logits are held at once
 _ROWS = 8192  # of a table that are held in float32 at once
 
 
@@ -89,8 +89,8 @@ class Walk:
         means = []
         for row, states in zip(ids.to(self.device), hidden, strict=True):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for first in range(0, len(row) - 1, _TOKENS):
-                part = slice(first, min(first + _TOKENS, len(row) - 1))
+            for first in range(0, len(row) - 1, TOKENS_AT_ONCE):
+                part = slice(first, min(first + TOKENS_AT_ONCE, len(row) - 1))
                 logits = self._after_blocks(row[part], states[:, part])
                 targets = row[part.start + 1 : part.stop + 1]
                 total += F.cross_entropy(logits.float(), targets, reduction="sum").double()
@@ -234,5 +234,5 @@ def bytes_needed(skeleton: Any, training: Training) -> int:
     activations = (2 * 2 + 3) * 4 * tokens * config.hidden_size  # in and out, of both; held out
     inside = training.sequence_length * 4 * (16 * config.hidden_size + 8 * widest)
     table = 4 * (8192 * config.hidden_size + 2 * 512 * config.vocab_size)
-    work = max(rounding, reconstruction) if training.reconstruction_epochs else rounding
+    work = max(rounding, reconstruction) if training.passes else rounding
     return int(work + activations + inside + table)

@@ -237,6 +237,38 @@ def test_large_matrices_are_counted_in_64_bits(lib: native.Native) -> None:
     assert lib.size(2**20, 2**20, 128, True) == 2**40 // 4 + 2**40 // 128 * 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["exact", "int8"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(38_000, 57_600, 2), (16, 32_768, 65_600), (65_600, 128, 32_800)],
+    ids=["weights", "activations", "outputs"],
+)
+def test_more_than_2_31_elements(
+    lib: native.Native, rows: int, columns: int, tokens: int, act: Any
+) -> None:
+    """Memory: up to 10 GB. Looked at are both ends, and the place of element 2^31."""
+    codes = torch.randint(0, 243, (1000, -(-columns // 5)), dtype=torch.uint8)
+    codes = codes.repeat(-(-rows // 1000), 1)[:rows].roll(7, 1)
+    if columns % 5:
+        codes[:, -1] = 121  # five codes 0, of which the last stand beyond the columns
+    scale = torch.rand(rows, columns // 128).half()
+    packed = PackedWeight.of(codes, scale, -scale / 4, columns, 128)
+    x = torch.randn(min(tokens, 100), columns).bfloat16().repeat(-(-tokens // 100), 1)[:tokens]
+    assert max(rows * columns, x.numel(), tokens * rows) > 2**31
+    found = lib.matmul(x, lib.convert(packed), None, act)
+
+    def around(count: int, width: int) -> Tensor:
+        """Both ends, and the lines around element 2^31 where there is one."""
+        middle = min(2**31 // width, count - 1)
+        lines = {n for at in (0, middle, count - 1) for n in range(at - 8, at + 8)}
+        return torch.tensor(sorted(n for n in lines if 0 <= n < count))
+
+    r, t = around(rows, columns), around(tokens, max(rows, columns))
+    some = PackedWeight.of(codes[r], scale[r], -scale[r] / 4, columns, 128)
+    assert error(found[t][:, r], product(x[t], some)) < max(ERROR[act], 4e-3)  # of bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_tokens_by_the_dense_product(
     lib: native.Native, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.footprint import Footprint
 from ternq.linear import decoder_blocks, prepare, ternary_layers
 from ternq.perplexity import block_losses
+from ternq.plan import plan
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.reconstruct import distance, mean_distance, reconstruct
 from ternq.ternarize import ternarize
@@ -66,7 +67,7 @@ def test_the_head_and_the_text_go_by_in_parts(
     folder = checkpoints.folder(tmp_path / "m", "gemma")
     whole = losses(Walk("m", folder))
     monkeypatch.setattr("ternq.walk._ROWS", 100)
-    monkeypatch.setattr("ternq.walk._TOKENS", 7)
+    monkeypatch.setattr("ternq.walk.TOKENS_AT_ONCE", 7)
     assert torch.allclose(losses(Walk("m", folder)), whole, rtol=1e-6)
 
 
@@ -342,6 +343,34 @@ def test_it_is_chosen_where_nothing_else_fits(
     assert found["recipe"]["training"]["block_by_block"]
     assert any(note.startswith("Strategy: block by block from disk") for note in found["notes"])
     assert ternarize(str(source), out, recipe, offline=True)["files"] == found["files"]
+
+
+def test_a_plan_says_how_long_it_takes(source: Path, text: Path, tmp_path: Path) -> None:
+    found = plan(str(source), by_blocks(source, text), out=tmp_path / "out")
+    training, parts = found["training"], found["seconds"]
+    assert training["steps"] == 2 * 6 and training["tokens"] == 2 * 6 * 16
+    assert training["tokens_per_second"] == pytest.approx(12 * 16 / training["seconds"])
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert 0 < training["seconds"] == parts["training"] < parts["total"]
+    made = ternarize(str(source), tmp_path / "out", by_blocks(source, text), offline=True)
+    assert made["training"]["steps"] == training["steps"]
+    assert made["training"]["tokens"] == training["tokens"]
+    rounded = plan(
+        str(source), by_blocks(source, text, start="compensated"), out=tmp_path / "other"
+    )
+    assert rounded["training"]["steps"] == 0
+    assert rounded["training"]["seconds"] > 0
+
+
+def test_a_plan_without_weights_says_that_no_time_is_known(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (source / name).exists():
+            (tmp_path / name).write_bytes((source / name).read_bytes())
+    found = plan(str(tmp_path), by_blocks(tmp_path, text), out=tmp_path / "out")
+    assert found["seconds"] is None
+    assert any(note.startswith("Time is not measured: ") for note in found["notes"])
 
 
 def test_a_result_that_does_not_fit_either_is_measured_as_it_was_made(
