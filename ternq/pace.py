@@ -94,7 +94,7 @@ def by_blocks(
     settings, blocks = recipe.training, len(walk.blocks)
     length = min(BLOCK, outlines.max_length(loaded.model))
     held = max(1, settings.calibration * settings.sequence_length // length)
-    page = torch.arange(length)[None] % 256
+    page = torch.zeros(1, length, dtype=torch.int64)
     held_call = walk.calls(page, 1)[0][0]
     block, reading = _timed(lambda: walk.block(0))
     _, passing = _timed(lambda: run(block, [held_call], nullcontext()))
@@ -129,7 +129,7 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
     settings, scheme, device = recipe.training, recipe.scheme, walk.device
     rows = rows_at_once(settings)
     count = -(-settings.calibration // rows)
-    ids = torch.arange(rows * settings.sequence_length).view(rows, -1) % 256
+    ids = torch.zeros(rows, settings.sequence_length, dtype=torch.int64)
     call = walk.calls(ids, rows)[0][0]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
     target, dense = _timed(lambda: run(block, [call], autocast))
