@@ -136,7 +136,7 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
     student = outlines.skeleton(folder)
     prepare(student, scheme, settings.ste)
     layers, closed_form = _timed(
-        lambda: put_in(block, f"{walk.prefix}.0.", ternary_layers(student), recipe)
+        lambda: put_in(block, walk.within(0), ternary_layers(student), recipe)
     )
     _, ternary = _timed(lambda: run(block, [call], autocast))
     shapes = [tuple(layer.weight.shape) for layer in layers.values()]

@@ -230,7 +230,7 @@ class _Maker:
         held, self.held_calls[index] = self.held_calls[index], []
         self._pass_on("teacher", block, held)
         self.dense = run(block, on(calls, self.dense), self.autocast)
-        layers = put_in(block, self._prefix(index), self.names, self.prepared.recipe)
+        layers = put_in(block, self.walk.within(index), self.names, self.prepared.recipe)
         self._pass_on("untrained", block, held)
         now = on(calls, self.own)
         path = self.out / runs.BLOCKS / f"{index:05d}.safetensors"
@@ -242,10 +242,10 @@ class _Maker:
                 settings=settings, seed=seed, check=self.check,
             )  # fmt: skip
             path.parent.mkdir(exist_ok=True)
-            checkpoint.save_tensors(_stored(block, self._prefix(index), layers), path)
+            checkpoint.save_tensors(_stored(block, self.walk.within(index), layers), path)
             finished.append(vars(done))
         else:
-            _put_back(checkpoint.load_tensors(path), block, self._prefix(index), layers)
+            _put_back(checkpoint.load_tensors(path), block, self.walk.within(index), layers)
         self.own = run(block, now, self.autocast)
         self._pass_on("student", block, held)
 
@@ -268,9 +268,6 @@ class _Maker:
         for found in self.record["blocks"]:
             whole.add_all(Started(**found))
         return whole.said(self.ids)
-
-    def _prefix(self, index: int) -> str:
-        return f"{self.walk.prefix}.{index}."
 
     def _pass_on(self, who: str, block: nn.Module, calls: Any) -> None:
         plain: AbstractContextManager[Any] = nullcontext()

@@ -64,11 +64,15 @@ class Walk:
     def block(self, index: int) -> nn.Module:
         """The decoder block of this number, with its weights, in evaluation mode."""
         block = copy.deepcopy(self.blocks[index])
-        within = f"{self.prefix}.{index}."
+        within = self.within(index)
         for name in self.names:
             if name.startswith(within):
                 self._put(block, name.removeprefix(within), self._read(name))
         return block.to(self.device)
+
+    def within(self, index: int) -> str:
+        """What the names of all in this block begin with."""
+        return f"{self.prefix}.{index}."
 
     def calls(self, ids: Tensor, rows: int) -> list[list[Call]]:
         """For every block, how each batch of ``rows`` of ids ``[blocks, length]`` calls it.
