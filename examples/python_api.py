@@ -2,7 +2,7 @@
 
     python examples/python_api.py [FOLDER]
 
-writes the artefact to FOLDER, by default ``demo-ternary``. TERNQ_DEMO_STEPS shortens the training.
+writes the artefact to FOLDER, by default ``demo-ternary``. TERNQ_DEMO_STEPS shortens the demo.
 """
 
 import sys

@@ -10,7 +10,7 @@ from torch import Tensor
 from ternq import checkpoint, data, hf
 from ternq.perplexity import BLOCK
 from ternq.progress import Progress
-from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, demo_steps
 from ternq.runs import OWN_TEXT_FILE
 from ternq.text import is_offline
 
@@ -88,6 +88,8 @@ def unwritten(specs: tuple[str, ...]) -> Corpus:
 def _demo(teacher: hf.Loaded, recipe: Recipe, length: int) -> Corpus:
     documents = list(data.read_documents(str(DEMO_FOLDER / "heldout.jsonl.xz")))
     ids = torch.tensor([i for d in data.encode(documents, teacher.tokenizer) for i in d])
+    if demo_steps() is not None:
+        ids = ids[: 2 * BLOCK]
     stream = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=recipe.seed)
     blocks = data.blocks(stream, teacher.tokenizer, length)
     return Corpus(ids, blocks, "held-out modules of Python's standard library", ())

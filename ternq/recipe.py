@@ -18,7 +18,7 @@ from ternq.errors import RecipeError
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
-DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo's training; documented in the README
+DEMO_STEPS = "TERNQ_DEMO_STEPS"  # shortens the demo; documented in the README
 Ste = Literal["identity", "ttq"]
 Start = Literal["closed-form", "compensated", "reconstructed"]
 Train = Literal["all", "scales", "low-rank"]
@@ -286,11 +286,19 @@ def default_recipe(model: str) -> Recipe:
     if model != DEMO:
         return Recipe(model=model)
     settings = json.loads((DEMO_FOLDER / "recipe.json").read_text(encoding="utf-8"))
-    if steps := os.environ.get(DEMO_STEPS):
-        if not steps.isdecimal():
-            raise RecipeError(f"{DEMO_STEPS} is '{steps}'; it is a number of steps.")
-        settings["steps"] = int(steps)
+    if (steps := demo_steps()) is not None:
+        settings["steps"] = steps
     return Recipe(model=model, training=from_mapping(Training, settings))
+
+
+def demo_steps() -> int | None:
+    """The steps that a shortened demo is trained for; None where it is not shortened."""
+    steps = os.environ.get(DEMO_STEPS)
+    if not steps:
+        return None
+    if not steps.isdecimal():
+        raise RecipeError(f"{DEMO_STEPS} is '{steps}'; it is a number of steps.")
+    return int(steps)
 
 
 def with_start(recipe: Recipe, ternary: bool) -> Training:

@@ -1,5 +1,6 @@
 """What several test files share: one artefact of the demo model, made once."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -34,6 +35,12 @@ class Demo:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; to look through it at every collection of garbage takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

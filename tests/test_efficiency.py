@@ -28,7 +28,7 @@ from ternq.errors import (
     ResourceError,
     StoppedError,
 )
-from ternq.progress import Event
+from ternq.progress import Event, Progress
 from ternq.recipe import DEMO_FOLDER
 from ternq.subject import Subject, World
 
@@ -38,6 +38,17 @@ def saved(folder: Path, model: Any = None) -> Path:
     (model or tiny.model()).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured in this process, not in one of its own, whose start takes seconds."""
+
+    def run(job: dict[str, Any], progress: Progress) -> Any:
+        told = json.loads(json.dumps(job))
+        return efficiency._measure(**told, progress=progress)
+
+    monkeypatch.setattr(efficiency, "_run", run)
 
 
 # -- the whole measurement -------------------------------------------------------------------------
@@ -66,6 +77,7 @@ def test_the_demo_costs_what_its_configuration_says() -> None:
     assert (said[-1].stage, said[-1].done, said[-1].total) == ("efficiency: decode", 8, 8)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_packed_model_is_smaller(demo: Demo) -> None:
     packed = demo.folder / "demo-ternary"
     found = measure(str(packed), offline=True, prompt=4, new=2)
@@ -77,6 +89,7 @@ def test_a_packed_model_is_smaller(demo: Demo) -> None:
     assert all(found[key] > 0 for key in native)
 
 
+@pytest.mark.usefixtures("here")
 def test_the_type_asked_for_is_that_of_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     count = sum(p.numel() for p in tiny.model().parameters())
@@ -85,6 +98,7 @@ def test_the_type_asked_for_is_that_of_the_weights(tmp_path: Path) -> None:
     assert found["parameter_bytes"] == 2 * count + buffers
 
 
+@pytest.mark.usefixtures("here")
 def test_an_end_token_ends_nothing_and_few_positions_are_said(tmp_path: Path) -> None:
     """All logits are equal, so that the first token, here the end of text, is always taken."""
     model = tiny.model(positions=48)
@@ -98,16 +112,16 @@ def test_an_end_token_ends_nothing_and_few_positions_are_said(tmp_path: Path) ->
     assert "reads 48 tokens" in str(warning.message)
 
 
+@pytest.mark.usefixtures("here")
 def test_the_hubs_cache_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub" / "models--somebody--tiny"
     saved(cache / "snapshots" / "0123abcd")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123abcd")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     found = measure("somebody/tiny", offline=True, prompt=4, new=2)
     weights = cache / "snapshots" / "0123abcd" / "model.safetensors"
     assert found["file_bytes"] == weights.stat().st_size
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     whole = Subject("somebody/tiny", World(offline=True)).summary()
     files = [path.stat().st_size for path in weights.parent.iterdir()]
     assert weights.stat().st_size < whole["file_bytes"] == sum(files)
@@ -138,6 +152,7 @@ def test_what_the_process_finds_wrong_is_raised_here(tmp_path: Path) -> None:
         measure("demo", new=1)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_device_that_is_not_here_is_a_resource(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="No device 'cuda:99'"):
         measure(str(saved(tmp_path / "m")), device="cuda:99", offline=True, prompt=4, new=2)
@@ -207,7 +222,10 @@ def gone(pid: int, seconds: float = 60) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL, signal.SIGINT],
+)
 def test_the_process_ends_with_the_one_that_started_it(number: signal.Signals) -> None:
     program = (
         "from ternq.efficiency import measure\n"

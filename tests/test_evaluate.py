@@ -824,6 +824,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
 # -- lm-eval's own command -------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a process of twenty seconds; `simple_evaluate` is compared above
 def test_numbers_are_those_of_lm_evals_own_command(data_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model = tiny.loaded(positions=256)

@@ -33,7 +33,7 @@ SCHEME = Scheme(group_size=16)
 SETTINGS = Training(batch_size=2, sequence_length=16, steps=1)
 
 
-def of(kind: str, blocks: int = 2) -> Callable[[], Any]:
+def of(kind: str, blocks: int = 1) -> Callable[[], Any]:
     """What builds a tiny model of so many blocks."""
     name, options = checkpoints.CONFIGS[kind]
     deeper = {key: blocks for key in ("num_hidden_layers", "n_layer") if key in options}
@@ -142,13 +142,13 @@ def test_a_start_that_reads_text_is_made_beside_the_models() -> None:
 def test_of_many_each_has_its_rows_and_shards_of_what_learns() -> None:
     settings = replace(SETTINGS, batch_size=8)
     alone, plain, shared = (
-        footprint(of("llama", 4), SCHEME, settings, "cpu", crew)
+        footprint(of("llama", 3), SCHEME, settings, "cpu", crew)
         for crew in (Crew(), Crew(4), Crew(4, sharded=True))
     )
-    quarter = footprint(of("llama", 4), SCHEME, replace(settings, batch_size=2), "cpu")
+    quarter = footprint(of("llama", 3), SCHEME, replace(settings, batch_size=2), "cpu")
     assert plain == quarter and plain.step < alone.step
     assert shared.optimizer == plain.optimizer // 4
-    model = of("llama", 4)()
+    model = of("llama", 3)()
     theirs = sum(p.nbytes for p in model.parameters())
     assert theirs < shared.weights < theirs + plain.weights // 4
     assert shared.total < plain.total
