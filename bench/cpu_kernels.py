@@ -5,7 +5,8 @@
 multiplies one token, then batches of 128, with matrices of three shapes that have scale and shift
 per group of 128. Everything runs in one process and in turns, so that what disturbs the machine
 disturbs all alike; medians of the turns are compared. Before each product another copy of the
-matrix is taken, of so many that together they do not fit into a cache, as in a model.
+matrix is taken, of so many that together they do not fit into a cache, as in a model. Likewise one
+token with the table of an output head, as it is stored.
 
 TQ2_0 is ggml's own function for a row, called from a few lines of C for one row after another in
 as many threads; ggml is found in an installed ``llama-cpp-python``, or where ``--ggml`` says, else
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = ((576, 1536), (4096, 4096), (14336, 4096))
+HEAD = (49152, 576)  # SmolLM2-135M's
 GROUP = 128
 SHIM = """
 #include <stddef.h>
@@ -219,6 +221,32 @@ def jobs(rows: int, columns: int, n: int, library: Any, rows_of: Any) -> dict[st
     }
 
 
+def head_jobs(rows: int, columns: int) -> dict[str, Job | None]:
+    """What is timed for an output head: ours by the type of its table, and torch's."""
+    kernel, _ = native.load()
+    assert kernel is not None
+    torch.manual_seed(0)
+    x, table = torch.randn(1, columns), torch.randn(rows, columns)
+    scale = (table.abs().amax(1) / 127).half()
+    codes = (table / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    tables = {"float32": table, "bfloat16": table.bfloat16(), "int8": codes}
+    turns = {name: rotating(stored) for name, stored in tables.items()}
+
+    def ours(name: str) -> Job:
+        factor = scale if name == "int8" else None
+        return lambda: kernel.table_product(x, turns[name](), factor)
+
+    def opened() -> Tensor:
+        weight = turns["int8"]().float().mul_(scale.float()[:, None])
+        return torch.nn.functional.linear(x, weight)
+
+    return {name: ours(name) for name in tables} | {
+        "torch_float32": lambda: torch.nn.functional.linear(x, turns["float32"]()),
+        "torch_bfloat16": lambda: torch.nn.functional.linear(x.bfloat16(), turns["bfloat16"]()),
+        "torch_int8": opened,
+    }
+
+
 def burst(job: Job) -> float:
     """Seconds a call, over a short time."""
     count, start = 0, time.perf_counter()
@@ -294,6 +322,11 @@ def main() -> None:
             seconds = measure(jobs(rows, columns, n, library, rows_of))
             rates = {k: s and rows * columns * n / s for k, s in seconds.items()}
             result[kind][f"{rows}x{columns}"] = rates
+    rows, columns = HEAD
+    seconds = measure(head_jobs(rows, columns))
+    result["head"] = {
+        f"{rows}x{columns}": {k: s and rows * columns / s for k, s in seconds.items()}
+    }
     if args.json:
         print(json.dumps(result, indent=2))
         return
@@ -302,14 +335,14 @@ def main() -> None:
     print(f"memory is read at {read / 1e9:.1f} GB/s" if read else "no bandwidth measured")
     print(f"packed bytes are converted at {converted / 1e6:.0f} MB/s")
     bits = 2 + 32 / GROUP
-    for kind in ("matvec", "batch128"):
+    for kind in ("matvec", "batch128", "head"):
         for shape, rates in result[kind].items():
             print(f"\n{kind} {shape}: 1e9 weights a second (times torch float32, times TQ2_0)")
             for name, rate in rates.items():
                 if rate is None:
                     continue
                 ratios = [
-                    rate / other for other in (rates["torch_float32"], rates["tq2_0"]) if other
+                    rate / other for other in (rates["torch_float32"], rates.get("tq2_0")) if other
                 ]
                 line = f"  {name:15} {rate / 1e9:8.1f}   " + "  ".join(f"{r:6.2f}" for r in ratios)
                 if kind == "matvec" and read and name in ("int8", "exact"):

@@ -103,7 +103,12 @@ def run(
 
 def _invoke(app: typer.Typer, session: Session) -> None:
     arguments = list(session.arguments)
-    status = app(arguments, standalone_mode=False, prog_name="ternq", obj=session)
+    try:
+        status = app(arguments, standalone_mode=False, prog_name="ternq", obj=session)
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # where a reader is gone typer ends so
+            raise left.__context__ from None
+        raise
     if status == 130:  # so typer reports a Ctrl-C
         raise KeyboardInterrupt
     plan, failed = session.payload.get("fits"), _failed_gates(session.payload)

@@ -217,13 +217,14 @@ def start_block(
     """
     use_latent(layers)
     for stage in stages(block, layers, calls[0], autocast):
-        for name, hessian in _hessians(block, stage, calls, autocast).items():
+        hessian = _hessian(block, stage[0][1], calls, autocast)
+        for name, layer in stage:
             try:
-                done.add(name, (rounding or _start)(layers[name], hessian))
+                done.add(name, (rounding or _start)(layer, hessian))
             except ValueError as error:
                 what = "compensated start" if rounding is None else "rounding"
                 raise InputError(f"The {what} of {name} failed: {error}.") from error
-            use(layers[name], layers[name].value())
+            use(layer, layer.value())
             check()
     if settings is not None and settings.passes:
         for layer in layers.values():
@@ -280,7 +281,7 @@ def stages(
     call: Call,
     autocast: AbstractContextManager[Any],
 ) -> list[list[tuple[str, Layer]]]:
-    """Layers that read the same tensor, in the order of their calls; last those never called."""
+    """Layers that read the same tensor, in the order of their calls; last each never called."""
     seen: list[tuple[str, Tensor]] = []  # tensors are held, so that none takes another's place
     with ExitStack() as hooks:
         for name, layer in layers.items():
@@ -299,34 +300,31 @@ def stages(
                 stages.append([])
             stages[-1].append((name, left.pop(name)))
             last = tensor
-    return stages + ([list(left.items())] if left else [])
+    return stages + [[pair] for pair in left.items()]
 
 
-def _hessians(
-    block: nn.Module,
-    stage: list[tuple[str, Layer]],
-    calls: list[Call],
-    autocast: AbstractContextManager[Any],
-) -> dict[str, Tensor]:
-    """``2 / n * X'X`` of the inputs of each layer of a stage, float32 ``[in, in]``."""
-    found: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-    with ExitStack() as hooks:
-        for name, layer in stage:
-            size = layer.in_features
-            found[name] = torch.zeros(size, size, device=layer.weight.device)
+def _hessian(
+    block: nn.Module, layer: Layer, calls: list[Call], autocast: AbstractContextManager[Any]
+) -> Tensor:
+    """``2 / n * X'X`` of the inputs of a layer, float32 ``[in, in]``; 0 if it is not called."""
+    found = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+    count = 0
 
-            def take(module: Any, args: Any, name: str = name) -> None:
-                x = args[0].flatten(0, -2).float()
-                counts[name] += len(x)
-                with torch.autocast(x.device.type, enabled=False):
-                    found[name].addmm_(x.t(), x)
+    def take(module: Any, args: Any) -> None:
+        nonlocal count
+        x = args[0].flatten(0, -2).float()
+        count += len(x)
+        with torch.autocast(x.device.type, enabled=False):
+            found.addmm_(x.t(), x)
 
-            hooks.callback(layer.register_forward_pre_hook(take).remove)
+    handle = layer.register_forward_pre_hook(take)
+    try:
         with autocast:
             for call in calls:
                 call.run(block)
-    return {name: total.mul_(2 / max(1, counts[name])) for name, total in found.items()}
+    finally:
+        handle.remove()
+    return found.mul_(2 / max(1, count))
 
 
 def _start(layer: Layer, hessian: Tensor) -> Compensated:

@@ -48,6 +48,11 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """The console script: run, then end the process with the contract's exit status."""
+    if sys.stderr is None:  # closed by whoever started this
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  to the end
+    if sys.stdout is None:
+        print("error: stdout cannot be written: it is closed.", file=sys.stderr)
+        sys.exit(4)
     try:
         status = boundary.run(app, COMMANDS, sys.argv[1:], last=True)
         sys.stdout.flush()
@@ -633,6 +638,8 @@ def _warn_of_gates(
 
 def _standard_input() -> str:
     """A prompt from stdin, without the line end that a shell puts behind it."""
+    if sys.stdin is None:
+        raise InputError("The prompt is to come from stdin, which is closed.")
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

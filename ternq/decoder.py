@@ -150,12 +150,19 @@ class Decoder:
         """
         if not self._self:
             raise ValueError("the decoder was closed")
-        array = (ctypes.c_int64 * len(ids))(*ids)
-        status = self._native.library.ternq_decoder_step(
-            self._self, array, len(ids), position, self._act, self._logits.data_ptr()
-        )
-        if status:
-            raise ValueError(f"{len(ids)} tokens at position {position}: error {status}")
+        for first in range(0, max(1, len(ids)), BATCH):  # between calls Python takes signals
+            part = ids[first : first + BATCH]
+            last = first + BATCH >= len(ids)
+            status = self._native.library.ternq_decoder_step(
+                self._self,
+                (ctypes.c_int64 * len(part))(*part),
+                len(part),
+                position + first,
+                self._act,
+                self._logits.data_ptr() if last else None,
+            )
+            if status:
+                raise ValueError(f"{len(ids)} tokens at position {position}: error {status}")
         return self._logits
 
     def close(self) -> None:

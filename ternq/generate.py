@@ -51,6 +51,7 @@ def generate(
         InputError: no chat template, or a model whose logits are not finite; what loading raises.
     """
     sampling = _sampling(max_new_tokens, temperature, top_k, top_p)
+    _refuse_no_text(prompt, system or "")
     if system is not None and not chat:
         raise RecipeError("A system message is part of a chat.", "Add --chat.")
     import torch
@@ -116,6 +117,14 @@ def _sampling(count: int, temperature: float, top_k: int, top_p: float) -> "Samp
     from ternq.sampling import Sampling
 
     return Sampling(temperature, top_k, top_p)
+
+
+def _refuse_no_text(*given: str) -> None:
+    """Bytes of a command line that are no UTF-8 come as halves of characters."""
+    try:
+        "".join(given).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("The prompt is not UTF-8.") from error
 
 
 def _plain(tokenizer: Any, prompt: str) -> list[int]:

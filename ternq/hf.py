@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ternq import checkpoint
-from ternq.errors import InputError, ResourceError, VerificationError
+from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
 from ternq.formats.gguf_file import Header
+from ternq.kernels import choice, rounds_activations
 from ternq.linear import packed_layers
 from ternq.modeling_ternq import METHOD, PackedLinear
 from ternq.origin import (
@@ -99,6 +100,11 @@ def load(
     if int8_activations and not packed:
         said = f"Activations of '{model}' are not rounded: it has no packed layers."
         progress(Event("load", said, level="warning"))
+    if int8_activations and packed and not rounds_activations(device):
+        raise RecipeError(
+            f"--int8-activations is of the C kernels, and on {device} products are made by "
+            f"{choice(device)}."
+        )
     for layer in packed.values() if int8_activations else ():
         layer.act = "int8"
     stored = own if isinstance(own, torch.dtype) and "gguf_file" not in options else torch.float32
@@ -182,6 +188,8 @@ def _of_artefact(path: Path | None) -> Iterator[None]:
 
 def _to(model: Any, device: str) -> Any:
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("'meta' holds no numbers")
         if model.device == torch.device(device):
             return model  # packed layers would go back to the file's form and out of it again
         return model.to(device)

@@ -187,10 +187,13 @@ class PackedLinear(Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._computes(input):
-            if torch.is_autocast_enabled(input.device.type):
+            if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
                 input = input.to(torch.get_autocast_dtype(input.device.type))
             return kernels.ternary_matmul(input, self._form, self.act, self.bias)
-        return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+        weight = self.dequantized()
+        if input.is_floating_point():  # of others torch says that they do not fit
+            weight = weight.to(input.dtype)
+        return F.linear(input, weight, self.bias)
 
     def _computes(self, input: Tensor) -> bool:
         """Whether a kernel makes the product: there is one, and nobody wants a gradient."""

@@ -271,7 +271,8 @@ UnusedSeed = Annotated[
     option("--seed", metavar="N", hidden=True, help="For scripts: packing draws nothing."),
 ]
 Seed = Annotated[
-    int | None, option("--seed", metavar="N", show_default="0", help="Of everything random.")
+    int | None,
+    option("--seed", metavar="N", max=2**63 - 1, show_default="0", help="Of everything random."),
 ]
 
 

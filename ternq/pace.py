@@ -112,7 +112,8 @@ def by_blocks(
     one += _trained(walk, block, folder, recipe)
     seconds = blocks * one
     training = budgeted(recipe)
-    training |= {"seconds": seconds, "tokens_per_second": training["tokens"] / seconds}
+    rate = training["tokens"] / seconds or None  # there is none where no block is trained
+    training |= {"seconds": seconds, "tokens_per_second": rate}
     pages = len(streamed.WHO) * held * -(-(length - 1) // TOKENS_AT_ONCE) * head
     parts = {
         "starting": starting,
@@ -141,8 +142,9 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
     _, ternary = _timed(lambda: run(block, [call], autocast))
     shapes = [tuple(layer.weight.shape) for layer in layers.values()]
     product = _product(device)
-    moments = sum(ids.numel() * columns**2 for _, columns in shapes) * product
-    passes = len(stages(block, layers, call, autocast)) + 2  # the dense block's, the finished one's
+    found = stages(block, layers, call, autocast)  # each has one Hessian
+    moments = sum(ids.numel() * stage[0][1].in_features ** 2 for stage in found) * product
+    passes = len(found) + 2  # the dense block's, the finished one's
     seconds = closed_form + _rounding(shapes, scheme, device) + count * (passes * dense + moments)
     if settings.passes:
         once = replace(settings, reconstruction_epochs=1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_COLD = 1e-30  # of a temperature; logits divided by less overflow, and the likeliest has it all
 _FIRST = 256  # candidates that top-p looks at before it sorts the whole vocabulary
 
 
@@ -27,7 +28,7 @@ class Sampling:
         It is found in the sums of the probabilities by one random number of torch's default
         generator, which takes a tenth of the time of ``torch.multinomial``.
         """
-        if not self.temperature:
+        if self.temperature < _COLD:
             return int(logits.max(0).indices)  # a third of the time of argmax
         scores, tokens = self.candidates(logits)
         sums = scores.softmax(0).cumsum(0, dtype=torch.float64)

@@ -144,6 +144,9 @@ def test_the_one_function_reaches_them() -> None:
     packed = gpu.convert(stored)
     expected = gpu.matmul(x, packed, bias)
     assert torch.equal(kernels.ternary_matmul(x, packed, bias=bias), expected)
+    apart = torch.zeros(12)
+    apart[::2] = bias
+    assert torch.equal(gpu.matmul(x, packed, apart[::2]), expected)
     assert torch.equal(kernels.dequantized(packed), stored.dequantized())
     assert torch.equal(kernels.restore(packed).codes, stored.codes)
     assert kernels.convert(stored).layout != "triton"  # on a CPU

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Demo
 
 import ternq
 from ternq import boundary, cli, errors, stop, terminal
@@ -488,6 +489,20 @@ def test_a_full_stdout_is_said_in_words(tmp_path: Path) -> None:
         assert done.returncode == 4
         assert "stdout cannot be written" in done.stderr or "no space is left" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+def test_a_reader_that_has_read_enough_and_a_closed_stdout(demo: Demo) -> None:
+    line = f"{sys.executable} -m ternq generate demo-ternary a --max-new-tokens 200"
+    for shell, expected in (
+        (f"set -o pipefail; {line} | head -c 5", 141),
+        (f"{line} >&-", 4),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", shell], cwd=demo.folder, capture_output=True, text=True
+        )
+        assert done.returncode == expected, done.stderr
+        assert "Traceback" not in done.stderr and "bug" not in done.stderr
 
 
 def test_a_gate_on_a_task_that_is_not_measured_is_said_first(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ternq import harness, measure
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
-from ternq.kernels import choice
+from ternq.kernels import choice, using
 from ternq.perplexity import divergence, token_perplexity
 from ternq.progress import Event
 from ternq.suites import SUITES, Suite
@@ -243,6 +243,8 @@ def test_activations_of_packed_layers_may_be_rounded(demo: Demo, tmp_path: Path)
     assert "Activations of 'demo' are not rounded: it has no packed layers." in [
         event.message for event in said
     ]
+    with using("torch"), pytest.raises(RecipeError, match="of the C kernels"):
+        evaluate([packed], tasks=[str(text) + ":token_perplexity"], int8_activations=True)
 
 
 def test_a_plan_says_what_would_be_read_and_measures_nothing(

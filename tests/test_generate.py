@@ -230,6 +230,11 @@ def test_a_prompt_from_stdin(
     assert (found["prompt"], found["prompt_tokens"], found["tokens"]) == ("the cät", 8, 2)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert cli.run(["generate", str(llama), "-"]) == 3
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    assert cli.run(["generate", str(llama), "-"]) == 3
+    assert cli.run(["generate", str(llama), "half \udcff"]) == 3  # such bytes were no UTF-8
+    assert cli.run(["generate", str(llama), "a", "--seed", str(2**64)]) == 2
+    assert cli.run(["generate", str(llama), "a", "--device", "meta"]) == 4
 
 
 def test_a_tokenizer_without_template(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:

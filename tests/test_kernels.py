@@ -199,6 +199,35 @@ def test_what_is_not_finite_goes_through_as_in_a_dense_product(
     assert found[[0, 2, 3, 4]].isfinite().all()
 
 
+def test_the_largest_activations(lib: native.Native, isa: str) -> None:
+    """Finite where a dense product is: sums of so large steps would not be."""
+    packed = weight(40, 200)
+    for x in (torch.full((1, 200), 1e36), normal(3, 200) * 1e36):
+        found, wanted = lib.matmul(x, lib.convert(packed)), product(x, packed)
+        assert found.isfinite().all() and error(found, wanted) < 1e-5
+
+
+def test_what_does_not_fit_is_refused(lib: native.Native) -> None:
+    packed, x = weight(200, 256), normal(6, 256)
+    scale, shift = packed.scale, packed.shift
+    assert scale is not None and shift is not None
+    for form in (lib.convert(packed), packed):
+        for bias in (torch.ones(3), torch.ones(1), torch.ones(6, 200), torch.ones(201)):
+            with pytest.raises((ValueError, RuntimeError)):
+                kernels.ternary_matmul(x, form, bias=bias)
+        for wrong in (x.to("meta"), x.long(), torch.tensor(1.0), x[:, :5]):
+            with pytest.raises((ValueError, RuntimeError)):
+                kernels.ternary_matmul(wrong, form)
+        other: Any = "int4"
+        with pytest.raises(ValueError, match="int4"):
+            kernels.ternary_matmul(x, form, other)
+    for factor in (scale.float(), scale.bfloat16(), scale[:, :1], scale[:5]):
+        with pytest.raises(ValueError, match="scale or shift"):
+            PackedWeight.of(packed.codes, factor, shift, 256, 128)
+    with pytest.raises(ValueError, match="codes"):
+        PackedWeight.of(packed.codes[:, 1:], scale, shift, 256, 128)
+
+
 def test_odd_tensors(lib: native.Native) -> None:
     packed = weight(48, 256)
     form, x = lib.convert(packed), normal(6, 256)
@@ -210,6 +239,7 @@ def test_odd_tensors(lib: native.Native) -> None:
     apart = torch.zeros(6 * 256 * 4 + 1, dtype=torch.uint8)
     off = torch.frombuffer(memoryview(apart.numpy())[1:], dtype=torch.float32).view(6, 256)
     assert off.copy_(x).data_ptr() % 4 and torch.equal(lib.matmul(off, form), wanted)
+    assert torch.equal(lib.matmul(torch._neg_view(x), form), lib.matmul(-x, form))
     assert lib.matmul(x[:0], form).shape == (0, 48)
     assert lib.matmul(x.view(2, 3, 256)[:, :0], form).shape == (2, 0, 48)
     with pytest.raises(ValueError, match="columns"):
@@ -347,6 +377,9 @@ def test_autocast_and_activations_of_8_bits() -> None:
     wanted = product(x, weight(192, 320), module.bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
+        assert module(x.double()).dtype == torch.float64  # as in a dense layer
+        for form in (module._form, weight(192, 320)):
+            assert kernels.ternary_matmul(x, form).dtype == x.dtype
     assert error(module(x), wanted) < ERROR["exact"]
     module.act = "int8"
     assert ERROR["exact"] < error(module(x), wanted) < ERROR["int8"]
@@ -360,6 +393,11 @@ def test_a_layer_is_compiled_whole() -> None:
     form = module._form
     arguments = (x, form.codes, module.bias, 192, 320, 128, True, "exact")
     torch.library.opcheck(torch.ops.ternq.matmul.default, arguments)
+    torch.library.opcheck(torch.ops.ternq.dense.default, (form.codes, 192, 320, 128, True))
+    learning = x.clone().requires_grad_()
+    compiled(learning).sum().backward()  # by the numbers, which are an operator too
+    assert learning.grad is not None
+    torch.testing.assert_close(learning.grad, module.dequantized().sum(0).expand(3, -1))
 
 
 def test_small_layers_and_odd_groups_stay_as_they_are() -> None:
@@ -440,6 +478,9 @@ def test_when_a_head_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.table_product(normal(kernels.FEW + 1, 32), table) is None
     assert kernels.table_product(x[:0], table) is None
     assert kernels.table_product(x.double(), table) is None
+    assert kernels.table_product(normal(1, 16), table) is None  # torch says that it does not fit
+    with pytest.raises(ValueError, match="columns"):
+        torch.ops.ternq.table(normal(1, 64), table, None)
     table.requires_grad_()
     assert kernels.table_product(x, table) is None
     with torch.no_grad():
@@ -498,6 +539,8 @@ def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch, lib: native.Native)
     assert kernels.choice() == "torch"
     assert torch.equal(module(x), F.linear(x, module.dequantized(), module.bias))
     assert not hasattr(module, "words")
+    monkeypatch.setenv("TERNQ_KERNEL", "triton")
+    assert kernels.choice() == "torch (TERNQ_KERNEL is 'triton')"
     monkeypatch.setenv("TERNQ_KERNEL", "cuda")
     with pytest.raises(RecipeError, match="'cuda'"):
         kernels.choice()

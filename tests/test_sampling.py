@@ -52,6 +52,8 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     assert Sampling().draw(torch.tensor([0.0, 3.0, 2.0])) == 1
+    for cold in (1e-29, 1e-39, 5e-324):  # divided by these, logits overflow
+        assert Sampling(cold, top_k=2).draw(torch.tensor([0.0, 3.0, 2.0])) == 1
 
 
 def test_a_seed_gives_the_same_tokens() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ternq.errors import RecipeError
 from ternq.kernels import native
+from ternq.kernels.build import LIBRARY
 from ternq.kernels.packed import Act, PackedWeight, reference
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "choice",
     "convert",
     "fast",
+    "rounds_activations",
     "table_product",
     "ternary_matmul",
     "using",
@@ -73,11 +75,9 @@ def library() -> native.Native | None:
         raise RecipeError(f"TERNQ_KERNEL is 'native', but ternq's CPU kernels are missing: {why}.")
     if found is None and not _warned:
         _warned = True
-        warnings.warn(
-            f"ternq's CPU kernels are missing ({why}): packed layers run unpacked, and slower. "
-            "With a C compiler at hand, install ternq again.",
-            stacklevel=2,
-        )
+        mend = "" if LIBRARY.is_file() else " With a C compiler at hand, install ternq again."
+        said = f"ternq's CPU kernels are missing ({why}): packed layers run unpacked, and slower."
+        warnings.warn(said + mend, stacklevel=2)
     return found
 
 
@@ -87,8 +87,15 @@ def choice(device: torch.device | str = "cpu") -> str:
         found = library()
         if found is not None:
             return f"native ({found.isa}), {torch.get_num_threads()} threads"
-        return "torch" if wanted() == "torch" else f"torch ({native.load()[1]})"
+        if wanted() in ("torch", "triton"):
+            return "torch" if wanted() == "torch" else "torch (TERNQ_KERNEL is 'triton')"
+        return f"torch ({native.load()[1]})"
     return triton_here()[1] if torch.device(device).type == "cuda" else "torch"
+
+
+def rounds_activations(device: torch.device | str) -> bool:
+    """Whether a device's kernels can round activations to 8 bits."""
+    return torch.device(device).type == "cpu" and library() is not None
 
 
 def triton_here() -> tuple[bool, str]:
@@ -150,9 +157,11 @@ def restore(weight: PackedWeight) -> PackedWeight:
 
 def dequantized(weight: PackedWeight) -> Tensor:
     """The numbers of a weight in any form, float32 ``[rows, columns]``."""
-    if weight.layout == "triton":
+    if weight.layout != "words":
         return restore(weight).dequantized()
-    return weight.dequantized() if weight.layout == "base3" else _native().dense(weight)
+    sizes = weight.rows, weight.columns, weight.group_size, weight.shifted
+    numbers: Tensor = torch.ops.ternq.dense(weight.codes, *sizes)
+    return numbers
 
 
 def _native() -> native.Native:
@@ -186,8 +195,10 @@ def ternary_matmul(
     a dense product. The plain product and Triton's round nothing. There is no gradient.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: shapes, types or devices that do not fit.
     """
+    if act not in native.ACTS:
+        raise ValueError(f"activations are 'exact' or 'int8', not '{act}'")
     if packed.layout != "base3" and x.dtype in native.DTYPES and _forced != "torch":
         if type(x) is Tensor and not torch.compiler.is_compiling():
             return _product(x, packed, bias, act)
@@ -205,6 +216,8 @@ def table_product(x: Tensor, table: Tensor, scale: Tensor | None = None) -> Tens
     float32 to one of them and opens int8 first. There is no gradient.
     """
     if x.device.type != "cpu" or table.device.type != "cpu" or not _is_native():
+        return None
+    if not x.ndim or x.shape[-1] != table.shape[1]:  # torch says what is wrong
         return None
     if not 0 < x.numel() <= FEW * x.shape[-1] or x.dtype not in native.DTYPES:
         return None
@@ -235,14 +248,35 @@ def _matmul(
     shifted: bool,
     act: Act,
 ) -> Tensor:
+    return _product(x, _converted(words, rows, columns, group_size, shifted), bias, act)
+
+
+def _converted(
+    words: Tensor, rows: int, columns: int, group_size: int, shifted: bool
+) -> PackedWeight:
     layout = "words" if words.device.type == "cpu" else "triton"
-    weight = PackedWeight(words, None, None, rows, columns, group_size, shifted, layout)
-    return _product(x, weight, bias, act)
+    return PackedWeight(words, None, None, rows, columns, group_size, shifted, layout)
 
 
 @torch.library.register_fake("ternq::matmul")  # type: ignore[untyped-decorator]
 def _(x: Tensor, words: Tensor, bias: Tensor | None, rows: int, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
+
+
+torch.library.define(
+    "ternq::dense",
+    "(Tensor words, int rows, int columns, int group_size, bool shifted) -> Tensor",
+)
+
+
+@torch.library.impl("ternq::dense", "CPU")
+def _dense(words: Tensor, rows: int, columns: int, group_size: int, shifted: bool) -> Tensor:
+    return _native().dense(_converted(words, rows, columns, group_size, shifted))
+
+
+@torch.library.register_fake("ternq::dense")  # type: ignore[untyped-decorator]
+def _(words: Tensor, rows: int, columns: int, *_: object) -> Tensor:
+    return words.new_empty((rows, columns), dtype=torch.float32)
 
 
 torch.library.define("ternq::table", "(Tensor x, Tensor table, Tensor? scale) -> Tensor")

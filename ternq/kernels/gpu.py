@@ -208,11 +208,14 @@ _TYPES = {
 
 def _ends(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The input as ``[tokens, columns]`` and an empty output."""
-    if x.dtype not in _TYPES or x.shape[-1] != weight.columns:
+    if x.dtype not in _TYPES or not x.ndim or x.shape[-1] != weight.columns:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; the weight has {weight.columns} columns")
     if bias is not None and bias.shape != (weight.rows,):
         raise ValueError(f"a bias {list(bias.shape)} for {weight.rows} rows")
-    flat = x.reshape(-1, weight.columns).contiguous()
+    for given in (x,) if bias is None else (x, bias):
+        if given.device != weight.codes.device:
+            raise ValueError(f"a tensor on {given.device}, the weight on {weight.codes.device}")
+    flat = x.resolve_neg().reshape(-1, weight.columns).contiguous()
     return flat, flat.new_empty(len(flat), weight.rows)
 
 
@@ -223,6 +226,7 @@ def _arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) 
     size = weight.group_size if groups > 1 else max(1, blocks) * BLOCK
     sizes = (len(x), weight.rows, weight.columns, groups, blocks, max(1, size // BLOCK))
     flags = (min(8, size // 16), weight.shifted, bias is not None)
+    bias = None if bias is None else bias.contiguous()
     return x, words, scale, shift, bias, y, *sizes, _MASK, *flags
 
 

@@ -159,20 +159,22 @@ class Native:
         self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None, act: Act = "exact"
     ) -> Tensor:
         """``x @ weight.T + bias``; ``x`` ``[..., columns]`` of a type in `DTYPES`, on the CPU."""
-        columns, dtype = weight.columns, x.dtype
-        if x.shape[-1] != columns:
-            raise ValueError(f"x has {x.shape[-1]} columns, the weight {columns}")
+        columns, dtype, shape = weight.columns, x.dtype, x.shape
+        if not shape or shape[-1] != columns or not x.is_cpu:
+            raise ValueError(f"x is {[*shape]} on {x.device}; the weight has {columns} columns")
+        if bias is not None and (bias.shape != (weight.rows,) or not bias.is_cpu):
+            raise ValueError(f"a bias {[*bias.shape]} on {bias.device} for {weight.rows} rows")
         tokens = x.numel() // columns
         if act == "exact" and tokens >= _DENSE_TOKENS and _dense_is_faster(dtype, self.isa):
             return self._opened(x, weight, bias)
-        x = x.contiguous()
+        x = x.resolve_neg().contiguous()
         at = x.data_ptr()
         if at % 4:  # a view of bytes that begins anywhere
             x = x.clone(memory_format=torch.contiguous_format)
             at = x.data_ptr()
         if bias is not None:
             bias = bias.to(dtype).contiguous()
-        y = x.new_empty((*x.shape[:-1], weight.rows))
+        y = x.new_empty((*shape[:-1], weight.rows))
         status = self._linear(
             matrix_of(weight),
             at,
@@ -194,6 +196,8 @@ class Native:
         int8 rows have a float16 ``scale`` each. Activations and sums are float32.
         """
         rows, columns = table.shape
+        if not x.ndim or x.shape[-1] != columns:
+            raise ValueError(f"x is {[*x.shape]}; the table has {columns} columns")
         given = x.float().contiguous()
         y = given.new_empty((*x.shape[:-1], rows))
         status = self.library.ternq_table_product(
@@ -212,6 +216,10 @@ class Native:
 
     def _opened(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """The same by torch's dense product, some rows of the weight after another."""
+        with torch.autocast("cpu", enabled=False):
+            return self._opened_as_it_is(x, weight, bias)
+
+    def _opened_as_it_is(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         step = max(16, _DENSE_WEIGHTS // weight.columns // 16 * 16)
         if step >= weight.rows:
             bias = None if bias is None else bias.to(x.dtype)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,7 +35,16 @@ class PackedWeight:
     def of(
         cls, codes: Tensor, scale: Tensor, shift: Tensor | None, columns: int, group_size: int
     ) -> "PackedWeight":
-        """What a file holds."""
+        """What a file holds. ValueError for tensors of other types or shapes."""
+        rows, groups = len(codes), -(-columns // group_size)
+        if codes.dtype != torch.uint8 or codes.shape != (rows, -(-columns // 5)):
+            raise ValueError(f"codes {codes.dtype} {list(codes.shape)} for {columns} columns")
+        for factor in (scale,) if shift is None else (scale, shift):
+            if factor.dtype != torch.float16 or factor.shape != (rows, groups):
+                raise ValueError(
+                    f"scale or shift {factor.dtype} {list(factor.shape)} for {rows} rows of "
+                    f"{groups} groups"
+                )
         return cls(codes, scale, shift, len(codes), columns, group_size, shift is not None)
 
     def dequantized(self) -> Tensor:
@@ -53,4 +63,11 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     ``x`` ``[..., columns]``, ``weight`` float32 ``[rows, columns]``, as dequantized.
     """
-    return F.linear(x, weight.to(x.dtype), bias)
+    if not x.is_floating_point():
+        raise ValueError(f"activations are {x.dtype}, and no floating-point numbers")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"a bias {[*bias.shape]} for {len(weight)} rows")
+        bias = bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.to(x.dtype), bias)

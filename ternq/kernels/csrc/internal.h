@@ -2,6 +2,7 @@
 #ifndef TERNQ_INTERNAL_H
 #define TERNQ_INTERNAL_H
 
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -73,7 +74,7 @@ typedef struct {
 
 /* What an instruction set brings. out[t][16] is the product of one block with a tile of tokens, T being
  * 1, 2, 4, ... tile; `first` is the tile's first token. round_segment makes the step NaN if x has a
- * value that is not finite. */
+ * value that is not finite, or so large that sums of its like are not. */
 typedef struct {
     const char *name;
     int tile;
@@ -106,10 +107,11 @@ INLINE void round_segment(const float *x, int width, int8_t *high, int8_t *low, 
     float top;
     memcpy(&top, &largest, 4);
     const float limit = planes == 2 ? 32639.0f : 127.0f; /* 256 * 127 + 127 */
-    if (largest >= 0x7f800000 || top < 1e-30f) { /* not finite; or nothing */
+    const int plain = !(top <= 1e34f); /* not finite, or sums of 128 such values would not be */
+    if (plain || top < 1e-30f) {
         memset(high, 0, SEGMENT);
         memset(low, 0, SEGMENT);
-        segment->step = top - top; /* 0, or NaN */
+        segment->step = plain ? NAN : 0;
         segment->total = 0;
         segment->sum = 0;
         return;
