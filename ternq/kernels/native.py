@@ -166,7 +166,8 @@ class Native:
             raise ValueError(f"a bias {[*bias.shape]} on {bias.device} for {weight.rows} rows")
         tokens = x.numel() // columns
         if act == "exact" and tokens >= _DENSE_TOKENS and _dense_is_faster(dtype, self.isa):
-            return self._opened(x, weight, bias)
+            with torch.autocast("cpu", enabled=False):
+                return self._opened(x, weight, bias)
         x = (x.resolve_neg() if x.is_neg() else x).contiguous()
         at = x.data_ptr()
         if at % 4:  # a view of bytes that begins anywhere
@@ -216,10 +217,6 @@ class Native:
 
     def _opened(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """The same by torch's dense product, some rows of the weight after another."""
-        with torch.autocast("cpu", enabled=False):
-            return self._opened_as_it_is(x, weight, bias)
-
-    def _opened_as_it_is(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         step = max(16, _DENSE_WEIGHTS // weight.columns // 16 * 16)
         if step >= weight.rows:
             bias = None if bias is None else bias.to(x.dtype)
