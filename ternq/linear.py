@@ -131,7 +131,7 @@ class Once:
             self._value, self._codes = ternary.rounded(
                 layer.weight, layer.weight_scale, layer.weight_shift, layer.group_size, dtype
             )
-            self._value.requires_grad_(any(self._wanted()))
+            self._value.requires_grad_(torch.is_grad_enabled() and any(self._wanted()))
             if self._value.requires_grad:
                 add_hook: Any = self._value.register_post_accumulate_grad_hook
                 add_hook(self._take)
@@ -169,6 +169,10 @@ class Once:
         pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
         torch.autograd.backward([p for p, _ in pairs if p is not None], [g for _, g in pairs])
 
+    def close(self) -> None:
+        """Let go of all, and of the weight, whose hook holds this object: cycles live on."""
+        self.layer.once = self._value = self._gradient = None
+
 
 @contextmanager
 def rounded_once(model: nn.Module) -> Iterator[None]:
@@ -178,18 +182,17 @@ def rounded_once(model: nn.Module) -> Iterator[None]:
     change meanwhile. Costs no more memory than one pass: the sum of the gradients, in float32,
     stands where the parameters' would.
     """
-    layers = list(ternary_layers(model).values())
-    for layer in layers:
-        layer.once = Once(layer)
+    made = [Once(layer) for layer in ternary_layers(model).values()]
+    for once in made:
+        once.layer.once = once
     try:
         yield
-        for layer in layers:
-            once, layer.once = layer.once, None
-            if once is not None:
-                once.backward()
+        for once in made:
+            once.backward()
+            once.close()
     finally:
-        for layer in layers:
-            layer.once = None
+        for once in made:
+            once.close()
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:

@@ -81,9 +81,8 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
 
 def _adamw(groups: list[dict[str, Any]], settings: Training) -> torch.optim.Optimizer:
     if not _needs_torchao(settings):
-        # torch's loop over all tensors at once would hold a temporary as large as all of them
-        fused = groups[0]["params"][0].is_cuda or None
-        return torch.optim.AdamW(groups, betas=BETAS, fused=fused)
+        # one pass over memory; torch's other loops make five and more, with temporaries
+        return torch.optim.AdamW(groups, betas=BETAS, fused=True)
     from torchao.optim import AdamW8bit, CPUOffloadOptimizer, _AdamW
 
     options: dict[str, Any] = {"betas": BETAS}

@@ -151,8 +151,9 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
         _, both = _timed(
             lambda: reconstruct(block, [call] * 2, target * 2, once, seed=0, autocast=autocast)
         )
-        step = max(0.0, both / 2 - 2 * ternary)
-        seconds += count * (2 * ternary + settings.passes * step)
+        # both distances round once, for two calls here and for all of them in a run
+        step = max(0.0, both / 2 - ternary - dense)
+        seconds += count * (2 * dense + settings.passes * step)
     return seconds
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq.blocks import Call
+from ternq.linear import rounded_once
 from ternq.losses import off
 from ternq.optimize import optimizer, set_rate
 from ternq.recipe import Training
@@ -95,7 +96,7 @@ def mean_distance(
     autocast: AbstractContextManager[Any],
 ) -> float:
     """`distance` of what a block puts out, mean over calls."""
-    with autocast:
+    with rounded_once(block), autocast:
         found = [distance(c.run(block), t) for c, t in zip(calls, targets, strict=True)]
     return float(torch.stack(found).mean())
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 _PART = 2**22  # weights that are looked at in one go where a whole layer would take memory
-_CACHED = 2**17  # weights rounded in one go: what a core's cache holds from pass to pass
+_CACHED = 2**18  # weights rounded in one go: what a core's cache holds from pass to pass
 THRESHOLD = 0.7  # of the group's mean absolute value: TWN's rule
 
 

@@ -1,5 +1,7 @@
 """Rounding by pieces, in another type, compiled; and one rounding for several passes."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,20 @@ def test_a_failure_leaves_the_layers_as_they_were() -> None:
         layer(torch.ones(1, 32)).sum().backward()
         raise RuntimeError("on the way")
     assert layer.once is None and layer.weight.grad is None
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_nothing_of_it_stays_behind(graded: bool) -> None:
+    """A rounded weight goes with the layer, though garbage is not looked for."""
+    layer = TernaryLinear(32, 4, bias=False, group_size=16, shift=True)
+    gone = weakref.ref(layer)
+    gc.disable()
+    try:
+        with torch.set_grad_enabled(graded), rounded_once(layer):
+            output = layer(torch.ones(1, 32)).sum()
+            if graded:
+                output.backward()
+        del output, layer
+        assert gone() is None
+    finally:
+        gc.enable()
