@@ -271,8 +271,9 @@ def use(layer: Layer, weight: Tensor | None) -> None:
     """Have the layer use ``weight`` as it is, not rounded anew in every call; None: as always."""
     vars(layer).pop("forward", None)
     if weight is not None:
-        fixed = weight.to(layer.weight.device)
-        vars(layer)["forward"] = lambda x: F.linear(x, fixed.to(x.dtype), layer.bias)
+        # not the layer itself: it would hold itself, and with it a block that is done
+        fixed, bias = weight.to(layer.weight.device), layer.bias
+        vars(layer)["forward"] = lambda x: F.linear(x, fixed.to(x.dtype), bias)
 
 
 def stages(

@@ -170,7 +170,7 @@ class Once:
         torch.autograd.backward([p for p, _ in pairs if p is not None], [g for _, g in pairs])
 
     def close(self) -> None:
-        """Let go of all, and of the weight, whose hook holds this object: cycles live on."""
+        """Let go of everything: the weight's hook holds this object, and it holds the weight."""
         self.layer.once = self._value = self._gradient = None
 
 

@@ -248,8 +248,6 @@ class _Maker:
             _put_back(checkpoint.load_tensors(path), block, self.walk.within(index), layers)
         self.own = run(block, now, self.autocast)
         self._pass_on("student", block, held)
-        for layer in layers.values():
-            use(layer, None)
 
     def measured(self, who: str) -> dict[str, Any]:
         """The perplexity of the dense, the closed-form or the finished model."""
