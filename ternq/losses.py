@@ -141,14 +141,39 @@ def logit_loss(
 
 
 class Head(NamedTuple):
-    """An output head: logits are ``hidden @ weight.T + bias``; weight ``[vocabulary, hidden]``."""
+    """An output head: logits ``z = scale * (hidden @ weight.T + bias)``; ``[vocabulary, hidden]``.
+
+    With a ``cap`` they are ``cap * tanh(z / cap)``, as in Gemma 2.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
 
     def to(self, dtype: torch.dtype) -> "Head":
         """The same in another dtype."""
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of inputs ``[..., hidden]``: ``[..., vocabulary]``."""
+        return self.bounded(F.linear(hidden, self.weight, self.bias))
+
+    def bounded(self, product: Tensor) -> Tensor:
+        """The logits of what the head's own product is; a new tensor only where they differ."""
+        if self.scale != 1:
+            product = product * self.scale
+        return product if self.cap is None else (product / self.cap).tanh_() * self.cap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of the ``logits`` for the head's own product, element by element.
+
+        ``d(cap tanh(z / cap)) / dz = 1 - (logits / cap)^2``.
+        """
+        if self.cap is None:
+            return self.scale
+        return (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -164,6 +189,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        whole: Head,
         other_hidden: Tensor | None,
         other: Head | None,
         labels: Tensor,
@@ -171,9 +197,9 @@ class _HeadLoss(torch.autograd.Function):
         ce: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = Head(weight, bias).to(dtype)
+        head = whole.to(dtype)
         if other is not None:  # a head that does not learn is one for both
-            same = other.weight is weight and other.bias is bias
+            same = other.weight is whole.weight and other.bias is whole.bias
             other = head if same else other.to(dtype)
         shares = _shares(labels, torch.promote_types(dtype, torch.float32))
         sums = shares.new_zeros(2)
@@ -186,13 +212,17 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(at, at + size)
             own, log_p = hidden[part].to(dtype), None
             if other is not None and other_hidden is not None:
-                log_p = _log_softmax(F.linear(other_hidden[part].to(dtype), *other))
-            log_q = _log_softmax(F.linear(own, *head))
+                log_p = _log_softmax(other.logits(other_hidden[part].to(dtype)))
+            logits = head.logits(own)
+            log_q, slope = _log_softmax(logits), head.slope(logits)
+            del logits
             g, terms = _gradient(log_q, log_p, labels[part], shares[part], kl, ce)
             sums += terms
             del log_q, log_p
+            if not isinstance(slope, float) or slope != 1:
+                g.mul_(slope)
             _through_head(gradients, part, g.to(dtype), own, head.weight)
-            del g  # before the next chunk is made
+            del g, slope  # before the next chunk is made
         ctx.save_for_backward(*gradients)
         divergence, cross_entropy = sums
         loss = kl * divergence + ce * cross_entropy
@@ -203,7 +233,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # In place: autograd itself refuses a second backward pass through what was changed.
         found = (g if g is None else g.mul_(gradients[0]) for g in ctx.saved_tensors)
-        return *found, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None
 
 
 def _through_head(
@@ -243,6 +273,15 @@ def head_loss(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         loss, divergence, cross_entropy = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, *head, teacher_hidden, teacher_head, labels, kl, ce, dtype or hidden.dtype
+            hidden,
+            head.weight,  # named, for autograd to see
+            head.bias,
+            head,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            kl,
+            ce,
+            dtype or hidden.dtype,
         )
     return loss, divergence, cross_entropy

@@ -4,7 +4,6 @@ Student and loss are one module, so that an engine that wraps modules (Accelerat
 step inside its ``forward``. The teacher is no part of it: nothing of it is trained or saved.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,8 +42,8 @@ class Objective(nn.Module):
         """The mean loss over the batch, and its terms without a gradient."""
         settings, target = self.settings, None
         others: list[Tensor] = []
-        with self.autocast, BlockOutputs(self.student) as own, self._to_head(self.student):
-            output = self.student(input_ids=ids, use_cache=False).logits
+        with self.autocast, BlockOutputs(self.student) as own:
+            output = self._run(self.student, ids)
             dtype = compute_dtype(output)
         if settings.off or settings.kl:
             target, others = self._ask_teacher(ids)
@@ -59,19 +58,24 @@ class Objective(nn.Module):
             terms |= {f"cosine_{i}": 1 - d for i, d in enumerate(distances, first)}
         return loss, {"loss": loss.detach()} | terms
 
-    def _to_head(self, model: Any) -> AbstractContextManager[None]:
-        return nullcontext() if self.whole else HeadInput(model)
+    def _run(self, model: Any, ids: Tensor) -> Tensor:
+        """What goes into the head of a model; its logits where they are held whole."""
+        if self.whole:
+            return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+        with HeadInput(model) as head:
+            model(input_ids=ids, use_cache=False)
+        return head.hidden
 
     @torch.no_grad()
     def _ask_teacher(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Its output, and what its blocks put out: of a cached teacher only the last one."""
         (teacher,) = self._teacher
         if isinstance(teacher, CachedTeacher):
-            with self.autocast, self._to_head(teacher.model):
+            with self.autocast:
                 last = teacher.recall(ids)
-                return teacher.model(input_ids=ids, use_cache=False).logits, [last]
-        with self.autocast, BlockOutputs(teacher) as others, self._to_head(teacher):
-            return teacher(input_ids=ids, use_cache=False).logits, others.features
+                return self._run(teacher.model, ids), [last]
+        with self.autocast, BlockOutputs(teacher) as others:
+            return self._run(teacher, ids), others.features
 
     def _from_outputs(
         self, output: Tensor, target: Tensor | None, ids: Tensor, dtype: torch.dtype

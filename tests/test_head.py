@@ -38,18 +38,24 @@ def drawn(bias: bool, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, 
     return both[0], both[1], labels
 
 
-def logits(parts: dict[str, Tensor]) -> Tensor:
-    return F.linear(parts["hidden"], parts["weight"], parts.get("bias"))
+def logits(parts: dict[str, Tensor], scale: float = 1.0, cap: float | None = None) -> Tensor:
+    product = scale * F.linear(parts["hidden"], parts["weight"], parts.get("bias"))
+    return product if cap is None else cap * torch.tanh(product / cap)
 
 
 def plain(
-    own: dict[str, Tensor], other: dict[str, Tensor] | None, labels: Tensor, kl: float, ce: float
+    own: dict[str, Tensor],
+    other: dict[str, Tensor] | None,
+    labels: Tensor,
+    kl: float,
+    ce: float,
+    after: tuple[float, float | None] = (1.0, None),
 ) -> Tensor:
-    """The formula written out, for autograd."""
-    kept, log_q = labels >= 0, logits(own).log_softmax(-1)
+    """The formula written out, for autograd; ``after`` the head come a scale and a cap."""
+    kept, log_q = labels >= 0, logits(own, *after).log_softmax(-1)
     loss = ce * -log_q[kept, labels[kept]].mean()
     if other is not None:
-        log_p = logits(other).log_softmax(-1)
+        log_p = logits(other, *after).log_softmax(-1)
         loss = loss + kl * (log_p.exp() * (log_p - log_q))[kept].sum(-1).mean()
     return loss
 
@@ -60,11 +66,12 @@ def chunked(
     labels: Tensor,
     kl: float,
     ce: float,
+    after: tuple[float, float | None] = (1.0, None),
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = None if other is None else Head(other["weight"], other.get("bias"))
+    head = None if other is None else Head(other["weight"], other.get("bias"), *after)
     hidden = None if other is None else other["hidden"]
-    own_head = Head(own["weight"], own.get("bias"))
+    own_head = Head(own["weight"], own.get("bias"), *after)
     return head_loss(own["hidden"], own_head, hidden, head, labels, kl=kl, ce=ce, **options)
 
 
@@ -97,6 +104,17 @@ def test_values_and_gradients_are_those_of_autograd(
     for name, leaf in leaves.items():
         assert leaf.grad is not None and leaf.grad.dtype == dtype
         torch.testing.assert_close(leaf.grad.double(), exact[name].grad, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("after", [(0.3, None), (1.0, 1.5), (2.0, 1.5)])
+def test_logits_may_be_scaled_and_bounded(chunk: int, after: tuple[float, float | None]) -> None:
+    own, other, labels = drawn(True, torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in own.values()]
+    loss = chunked(own, other, labels, 0.7, 0.3, after)[0]
+    expected = plain(own, other, labels, 0.7, 0.3, after)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    found = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaves))
 
 
 def test_a_frozen_head_gets_no_gradient(chunk: int) -> None:
@@ -172,25 +190,51 @@ def test_the_input_of_the_head_gives_the_logits(kind: str) -> None:
     assert why_whole(model) is None
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        with HeadInput(model):
-            hidden = model(input_ids=ids).logits
-        assert torch.equal(F.linear(hidden, *head_of(model)), expected)
+        with HeadInput(model) as head:
+            model(input_ids=ids)
+        assert torch.equal(head_of(model).logits(head.hidden), expected)
         assert torch.equal(model(input_ids=ids).logits, expected)  # it leaves no trace
     assert "forward" not in vars(model.get_output_embeddings())
 
 
+CHANGING = {
+    "Gemma2Config": {"final_logit_softcapping": 0.05, "head_dim": 12},  # of logits around 0.1
+    "GraniteConfig": {"logits_scaling": 3.0},
+    "CohereConfig": {"logit_scale": 0.3},
+}
+
+
 def changing(name: str) -> Any:
-    """A model that changes logits after its head."""
-    own = {"Gemma2Config": {"final_logit_softcapping": 5.0, "head_dim": 12}}
-    own |= {"GraniteConfig": {"logits_scaling": 3.0}, "CohereConfig": {"logit_scale": 0.3}}
+    """A model that scales or bounds its logits after its head."""
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**checkpoints.LLAMA | own[name])
+    config = getattr(transformers, name)(**checkpoints.LLAMA | CHANGING[name])
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("name", ["Gemma2Config", "GraniteConfig", "CohereConfig"])
-def test_a_model_that_changes_its_logits_is_found_out(name: str) -> None:
-    assert why_whole(changing(name)) == "the model changes logits after the head"
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_a_model_does_to_its_logits_is_known(name: str) -> None:
+    model, ids = changing(name), torch.arange(10).view(2, 5)
+    assert why_whole(model) is None
+    expected = model(input_ids=ids).logits
+    with HeadInput(model) as head:
+        model(input_ids=ids)
+    torch.testing.assert_close(head_of(model).logits(head.hidden), expected)
+    assert not torch.allclose(F.linear(head.hidden, head_of(model).weight), expected, rtol=0.01)
+
+
+def test_logits_that_are_changed_otherwise_are_found_out() -> None:
+    model = changing("GraniteConfig")
+    model.config.logits_scaling = 2.0
+    assert why_whole(model) is None  # the model reads it there, too
+    forward = model.forward
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + 1
+        return output
+
+    model.forward = shifted
+    assert why_whole(model) == "the model changes logits after the head"
 
 
 def objective(model: Any, head_learns: bool = False, **settings: Any) -> Objective:
@@ -217,11 +261,12 @@ def loss_and_gradients(made: Objective) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("head_learns", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "llama-tied-bias", "phi", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied-bias", "phi", "gpt2", *CHANGING])
 def test_a_step_is_that_of_whole_logits(kind: str, head_learns: bool) -> None:
     found = []
     for whole in (None, "asked for"):
-        made = objective(checkpoints.model(kind), head_learns)
+        model = changing(kind) if kind in CHANGING else checkpoints.model(kind)
+        made = objective(model, head_learns)
         assert made.whole is None
         made.whole = whole
         found.append(loss_and_gradients(made))
@@ -243,7 +288,6 @@ def test_with_recomputed_activations_it_is_the_same() -> None:
 
 def test_a_model_that_changes_its_logits_learns_from_them() -> None:
     made = objective(changing("Gemma2Config"), off=0.0, kl=1.0, ce=0.0)
-    assert made.whole == "the model changes logits after the head"
     ids = torch.arange(10).view(2, 5)
     expected = made.student(input_ids=ids).logits[:, :-1].log_softmax(-1)
     (teacher,) = made._teacher
