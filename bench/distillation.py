@@ -30,10 +30,11 @@ import torch
 
 from ternq import hf
 from ternq.linear import prepare
+from ternq.precision import has_bf16
 from ternq.progress import ignore
 from ternq.recipe import DEMO, Scheme, Training
 from ternq.ternary import fuses
-from ternq.train import Trainer, has_bf16
+from ternq.train import Trainer
 from ternq.watch import DIAGNOSE_SHARE
 
 DENSE = "dense"

@@ -33,9 +33,10 @@ from torch import Tensor
 from ternq import budget, hf
 from ternq.linear import decoder_blocks, prepare
 from ternq.modeling_ternq import is_linear
+from ternq.precision import has_bf16
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
-from ternq.train import Trainer, has_bf16
+from ternq.train import Trainer
 
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

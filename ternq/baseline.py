@@ -23,11 +23,11 @@ from ternq.errors import InputError, RecipeError
 from ternq.formats import Options
 from ternq.grid import Rounded
 from ternq.linear import RoundedLinear, TernaryLinear, rounded_layers
+from ternq.precision import products
 from ternq.prepared import Prepared, as_made, perplexity
 from ternq.progress import Event, Progress
 from ternq.recipe import NOT_TERNARY, Recipe, Scheme
 from ternq.source import Source, of_rounded
-from ternq.train import has_bf16
 from ternq.weights import weights_summary, with_file
 
 CALIBRATED = ("gptq", "pt2", "billm")  # those that look at a layer's inputs
@@ -94,14 +94,13 @@ def rounded(prepared: Prepared, progress: Progress) -> list[str]:
     said: list[str] = []
     if scheme.method in CALIBRATED:
         ids = torch.stack(list(islice(prepared.corpus.blocks, settings.calibration)))
-        device = next(model.parameters()).device
         said = compensated_start(
             model,
             ids,
             lambda layer, hessian: round_layer(layer, hessian, scheme),
             how=f"Method {scheme.method}: {{}} layers rounded",
             rows=settings.micro_batch_size or settings.batch_size,
-            autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
+            autocast=products(settings, next(model.parameters()).device),
             progress=progress,
         )
     layers = rounded_layers(model)

@@ -29,11 +29,12 @@ PROBE_STEPS, PROBE_SECONDS = 3, 20.0  # at most, after a first step that sets th
 BY_BLOCKS = "block by block from disk, without training end to end"
 STRATEGY = (
     "train",
+    "dtype",
     "teacher_dtype",
     "micro_batch_size",
     "gradient_checkpointing",
     "block_by_block",
-)  # settings that `choose` may change
+)  # settings that the machine may choose
 PLENTY = 1.5  # times a rough estimate, which is mostly too high
 LIBRARIES = 200_000_000  # bytes of those that reading text and writing reports need, on Linux
 MARGIN = 1.05  # times the count: what allocators lose to gaps

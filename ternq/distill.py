@@ -33,13 +33,14 @@ from ternq.calibrate import Started, compensated_start
 from ternq.errors import RecipeError
 from ternq.frozen import fold, plain_state
 from ternq.linear import decoder_blocks
+from ternq.precision import products
 from ternq.prepared import Prepared, as_made, fitting, perplexity, prepare_run
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, refuse_rounding
 from ternq.reconstruct import rows_at_once
 from ternq.runs import REPORT
 from ternq.teacher import CachedTeacher, TeacherCache, cached_teacher
-from ternq.train import Trainer, has_bf16
+from ternq.train import Trainer
 from ternq.weights import stored_dtype, weights_summary
 
 
@@ -386,13 +387,12 @@ def _compensate(
         for index, block in enumerate(blocks):
             kept.load(index, block)
         return
-    device = torch.device(prepared.device)
     record["start"] = compensated_start(
         model,
         torch.stack(taken),
         rows=rows_at_once(settings),
         device=prepared.device,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)),
+        autocast=products(settings, prepared.device),
         reconstruction=settings if settings.passes else None,
         seed=prepared.recipe.seed,
         progress=progress,

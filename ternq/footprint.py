@@ -26,11 +26,12 @@ from ternq.linear import decoder_blocks, ternary_layers
 from ternq.optimize import take_step
 from ternq.outlines import max_length
 from ternq.perplexity import BLOCK, block_losses, rows_that_fit
+from ternq.precision import products, with_products
 from ternq.processes import Crew
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Training
 from ternq.student import student_of
-from ternq.train import Trainer, has_bf16
+from ternq.train import Trainer
 from ternq.walk import bytes_needed
 
 EXACT = 8  # blocks up to which all are run; of deeper models, that number and half of it
@@ -195,8 +196,8 @@ def _counted(
             progress=ignore,
             alone=True,
         )
-        bf16 = device != "cpu" or has_bf16(torch.device("cpu"))
-        trainer.objective.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        typed = with_products(settings, device)[0]
+        trainer.objective.autocast = products(typed, "cpu")  # where fake tensors are
         weights, loading = alive.now, alive.peak
         host = loading if made_on_host(settings, device) else 0
         for parameter in filter(lambda p: p.requires_grad, student.parameters()):

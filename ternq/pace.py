@@ -17,13 +17,14 @@ from ternq.compensate import inverse_root
 from ternq.corpus import HELD_OUT_TOKENS
 from ternq.linear import prepare, rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
+from ternq.precision import products
 from ternq.prepared import Prepared
 from ternq.progress import Event, Progress
 from ternq.recipe import Recipe, Scheme
 from ternq.reconstruct import reconstruct, rows_at_once, work
 from ternq.samples import PROMPTS, TOKENS
 from ternq.streamed import put_in
-from ternq.train import Trainer, has_bf16
+from ternq.train import Trainer
 from ternq.walk import TOKENS_AT_ONCE, Walk
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
     count = -(-settings.calibration // rows)
     ids = torch.zeros(rows, settings.sequence_length, dtype=torch.int64)
     call = walk.calls(ids, rows)[0][0]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+    autocast = products(settings, device)
     target, dense = _timed(lambda: run(block, [call], autocast))
     student = outlines.skeleton(folder)
     prepare(student, scheme, settings.ste)

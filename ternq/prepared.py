@@ -23,6 +23,7 @@ from ternq.linear import (
     ternary_layers,
 )
 from ternq.perplexity import BLOCK, token_perplexity
+from ternq.precision import with_products
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Scheme, Training, defaults, with_rate, with_start
 from ternq.student import student_of
@@ -169,6 +170,9 @@ def fitting(
     notes: list[str] = []
     ternary = built.scheme is not None
     training = with_start(recipe, ternary)
+    if record is None:
+        training, said = with_products(training, device)
+        notes += said
     longest = outlines.max_length(built)
     if training.sequence_length > longest:
         notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")

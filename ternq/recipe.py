@@ -24,6 +24,7 @@ Start = Literal["closed-form", "compensated", "reconstructed"]
 Train = Literal["all", "scales", "low-rank"]
 Optimizer = Literal["adamw", "adamw-8bit"]
 Latent = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16"]
 TeacherDtype = Literal["float32", "bfloat16", "int8"]
 Method = Literal["dlt", "rtn", "gptq", "absmean", "twn", "pt2", "billm", "float"]
 BASELINES = ("rtn", "gptq", "absmean", "twn", "pt2", "billm")  # ternarize only rounds by them
@@ -116,6 +117,9 @@ class Training:
         False, "Only compensate and reconstruct, one block at a time from disk, in little memory."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    dtype: Dtype | None = option(
+        None, "Products of training. [default: bfloat16 where the device makes them]"
+    )
     teacher_dtype: TeacherDtype = option("float32", "What the teacher's weights are held in.")
     cache_teacher: bool = option(False, "Run the teacher once, and keep its output on disk.")
     checkpoint_minutes: float = option(10.0, "Minutes between checkpoints.")

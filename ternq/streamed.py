@@ -27,6 +27,7 @@ from ternq.errors import RecipeError
 from ternq.linear import TernaryLinear, group_rule, prepare, ternary_layers
 from ternq.modeling_ternq import features
 from ternq.perplexity import BLOCK, free_memory
+from ternq.precision import products
 from ternq.prepared import Prepared, described, refuse_own_code, text_of
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Training
@@ -34,7 +35,6 @@ from ternq.reconstruct import rows_at_once, work
 from ternq.snapshots import METRICS
 from ternq.source import Source, of_stored, stored_names
 from ternq.ternary import TernaryWeight
-from ternq.train import has_bf16
 from ternq.walk import Walk
 
 WHO = ("teacher", "untrained", "student")
@@ -220,8 +220,7 @@ class _Maker:
         self.held_calls = self.walk.calls(self.held, 1)
         self.dense = self.own = [call.hidden for call in self.calls[0]]
         self.streams = {who: [call.hidden for call in self.held_calls[0]] for who in WHO}
-        bf16 = has_bf16(self.walk.device)
-        self.autocast = torch.autocast(self.walk.device.type, torch.bfloat16, enabled=bf16)
+        self.autocast = products(self.settings, self.walk.device)
 
     def make(self, index: int) -> None:
         """One block: the dense one first, then what becomes of it, then what it puts out."""

@@ -25,6 +25,7 @@ from ternq.frozen import arrange
 from ternq.linear import decoder_blocks, rounded_once
 from ternq.objective import Objective
 from ternq.optimize import optimizer, set_rate, take_step
+from ternq.precision import products
 from ternq.progress import Event, Progress
 from ternq.recipe import Training
 from ternq.teacher import CachedTeacher
@@ -63,7 +64,7 @@ class Trainer:
         without_dropout(self.student)
         if self.settings.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+        autocast = products(self.settings, device)
         self.objective = Objective(self.student, self.teacher, self.settings, autocast)
         # Shards come first: all that follows refers to the parameters that there are then.
         self.sharded = not self.alone and processes.shard(
@@ -298,12 +299,3 @@ def without_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix products of its own, and does not emulate them."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return False
