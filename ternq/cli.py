@@ -296,6 +296,7 @@ def pack(
     keep_dtype: options.KeepDtype = False,
     plan: options.RarePlan = False,
     seed: options.UnusedSeed = None,
+    device: options.UnusedDevice = None,
     *,
     progress: Progress,
     **settings: Any,
@@ -303,6 +304,8 @@ def pack(
     """Pack what is ternary for from_pretrained or another program, and prove it."""
     if model is None and verify is None:
         raise UsageMistake("Name a MODEL to pack, or --verify DIR.", "See ternq pack --help.")
+    if device not in (None, "cpu"):
+        progress(Event("pack", "Packing computes on the CPU, whatever --device says"))
     offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options
     from ternq.pack import pack as verb
@@ -482,6 +485,7 @@ def generate(
         ),
     ] = 1.0,
     int8_activations: options.Int8Activations = False,
+    plan: options.RarePlan = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -504,6 +508,7 @@ def generate(
         int8_activations=int8_activations,
         seed=seed or 0,
         dtype=_dtype(dtype),
+        plan=plan,
         write=_write,
         progress=progress,
         **_world(device, settings),

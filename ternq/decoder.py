@@ -123,7 +123,7 @@ class Decoder:
 
     def __init__(self, model: Any, context: int, *, threads: int = 0, int8: bool = False) -> None:
         self.context, self.threads = context, threads or torch.get_num_threads()
-        self.cache_bytes = 8 * context * _cached(model)
+        self.cache_bytes = cache_bytes(model, context)
         self._act = native.ACTS["int8" if int8 else "exact"]
         self._kept: list[Any] = []  # whatever the C code holds the address of
         self._logits = torch.empty(model.config.vocab_size)
@@ -242,11 +242,11 @@ class Decoder:
         return thing
 
 
-def _cached(model: Any) -> int:
-    """Numbers that the cache keeps of a position, keys or values."""
+def cache_bytes(model: Any, context: int) -> int:
+    """What keys and values of so many positions take, in float32."""
     config = model.config
     size = model.model.layers[0].self_attn.head_dim
-    return int(config.num_hidden_layers * config.num_key_value_heads * size)
+    return int(8 * context * config.num_hidden_layers * config.num_key_value_heads * size)
 
 
 def _submodule(block: Any, where: str) -> Any:

@@ -27,6 +27,11 @@ class Job:
     sampling: Sampling
     int8: bool
 
+    @property
+    def context(self) -> int:
+        """Positions that are needed at most."""
+        return len(self.ids) + self.count
+
 
 @dataclass
 class Stream:
@@ -75,25 +80,32 @@ class Stream:
 
 def run(job: Job, stream: Stream, dtype: Any, progress: Progress) -> dict[str, Any]:
     """Have one of the engines put tokens into the stream; what is to be told of it."""
-    model = job.loaded.model
-    chosen = f"it computes in {dtype}" if dtype not in (None, torch.float32) else None
-    why = chosen or obstacle(model, len(job.ids) + job.count)
-    if why is None:
-        return {"engine": "native", "note": None} | _native(job, stream)
-    if job.int8:
-        raise RecipeError(f"--int8-activations is for the native decoder, and {why}.")
+    engine, model = chosen(job, dtype), job.loaded.model
+    if engine["engine"] == "native":
+        return engine | _native(job, stream)
     if dtype is None and model.device.type == "cpu":
         torch.nn.Module.float(model)  # transformers' own refuses a quantized model
+    if engine["note"]:
+        progress(Event("generate", engine["note"]))
+    return engine | _transformers(job, stream)
+
+
+def chosen(job: Job, dtype: Any) -> dict[str, Any]:
+    """``engine``: which one will run; ``note``: why not the native one, if the model is packed."""
+    asked = f"it computes in {dtype}" if dtype not in (None, torch.float32) else None
+    why = asked or obstacle(job.loaded.model, job.context)
+    if why is None:
+        return {"engine": "native", "note": None}
+    if job.int8:
+        raise RecipeError(f"--int8-activations is for the native decoder, and {why}.")
     note = f"Through transformers' generate: {why}." if job.loaded.kind == "packed" else None
-    if note:
-        progress(Event("generate", note))
-    return {"engine": "transformers", "note": note} | _transformers(job, stream)
+    return {"engine": "transformers", "note": note}
 
 
 def _native(job: Job, stream: Stream) -> dict[str, Any]:
     position, ids = 0, job.ids
     threads = torch.get_num_threads()
-    with Decoder(job.loaded.model, len(ids) + job.count, int8=job.int8) as decoder:
+    with Decoder(job.loaded.model, job.context, int8=job.int8) as decoder:
         torch.set_num_threads(1)  # torch's threads spin a while after work, on the decoder's cores
         try:
             stream.begin()

@@ -7,6 +7,7 @@ from ternq.errors import InputError, RecipeError
 from ternq.progress import Event, Progress, ignore
 
 if TYPE_CHECKING:
+    from ternq.engines import Job
     from ternq.hf import Loaded
     from ternq.sampling import Sampling
 
@@ -27,6 +28,7 @@ def generate(
     dtype: Any = None,
     offline: bool = False,
     trust_remote_code: bool = False,
+    plan: bool = False,
     write: Callable[[str], object] | None = None,
     progress: Progress = ignore,
 ) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def generate(
 
     Temperature 0 takes the likeliest token, else tokens are drawn under ``seed`` (see
     `ternq.sampling.Sampling`); the text ends before a token that ends texts. ``write`` receives it
-    piece by piece; ``dtype`` is a torch dtype or None.
+    piece by piece; ``dtype`` is a torch dtype or None. With ``plan`` everything is checked and
+    loaded, nothing written, and what it would take returned, see `_planned`.
 
     Returns ``model``, ``prompt``, ``text``, ``prompt_tokens``, ``tokens`` and:
 
@@ -77,6 +80,8 @@ def generate(
         raise RecipeError(f"The prompt has {len(ids)} tokens, as many as {model} can read.")
     stream = Stream(Text(loaded.tokenizer), _ends(loaded), write)
     job = Job(loaded, ids, min(max_new_tokens, room), sampling, int8_activations)
+    if plan:
+        return {"model": model, "prompt": prompt} | _planned(job, dtype)
     torch.manual_seed(seed)
     engine = run(job, stream, dtype, progress)
     result = {"model": model, "prompt": prompt, "text": "".join(stream.pieces)}
@@ -85,6 +90,34 @@ def generate(
     result |= engine | stream.speed(len(ids)) | {"parameter_bytes": tensor_bytes(loaded.model)}
     progress(Event("generate", summary(result)))
     return result
+
+
+def _planned(job: "Job", dtype: Any) -> dict[str, Any]:
+    """Which engine would run, on how many tokens at most, and whether memory holds the cache."""
+    from ternq.decoder import cache_bytes
+    from ternq.efficiency import tensor_bytes
+    from ternq.engines import chosen
+    from ternq.perplexity import free_memory
+    from ternq.weights import stored_dtype, weights_summary
+
+    model, engine, notes = job.loaded.model, chosen(job, dtype), []
+    held, cache = tensor_bytes(model), 0
+    if engine["engine"] == "native":
+        cache = cache_bytes(model, job.context)
+    else:
+        notes.append("The cache of transformers' generate is not counted.")
+    free = free_memory(model.device) + held
+    fits = held + cache <= free
+    return engine | {
+        "plan": True,
+        "prompt_tokens": len(job.ids),
+        "max_new_tokens": job.count,
+        "weights": weights_summary(model, stored_dtype(model.dtype)),
+        "memory": {"needed": held + cache, "free": free},
+        "notes": [*filter(None, [engine["note"]]), *notes],
+        "fits": fits,
+        "reason": None if fits else f"The cache takes {cache / 1e9:.1f} GB, more than is free.",
+    }
 
 
 def summary(result: dict[str, Any]) -> str:

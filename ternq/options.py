@@ -270,6 +270,10 @@ UnusedSeed = Annotated[
     int | None,
     option("--seed", metavar="N", hidden=True, help="For scripts: packing draws nothing."),
 ]
+UnusedDevice = Annotated[
+    str | None,
+    option("--device", metavar="NAME", hidden=True, help="For scripts: packing is the CPU's."),
+]
 Seed = Annotated[
     int | None,
     option("--seed", metavar="N", max=2**63 - 1, show_default="0", help="Of everything random."),

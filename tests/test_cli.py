@@ -223,7 +223,7 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     assert verb.args == ("run", Path("run-gguf"))
     assert verb.options["options"] == Options(exact=True, encoding="Q4_1")
     verb.args = ()
-    assert run("pack run --plan -o packed --seed 3") == 0
+    assert run("pack run --plan -o packed --seed 3 --device cpu") == 0
     assert verb.args == ("run", Path("packed")) and verb.options["plan"]
     assert cli.run(["pack", ""]) == 2
     wrong = ("pack", "pack run --format zip", "pack run --group-size 0", "pack --verify x -o y")

@@ -221,6 +221,35 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
         asked("no such model", **options)
 
 
+def test_a_plan_writes_nothing(
+    llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[str] = []
+    options: dict[str, Any] = {"max_new_tokens": 9, "write": pieces.append}
+    found = asked(llama, plan=True, **options)
+    assert not pieces and "text" not in found
+    made = asked(llama, **options)
+    assert found["engine"] == made["engine"] == "native"
+    assert (found["prompt_tokens"], found["max_new_tokens"]) == (7, 9)
+    assert found["memory"]["needed"] == made["parameter_bytes"] + made["cache_bytes"]
+    assert found["fits"] and found["reason"] is None
+    command = ["generate", str(llama), "hi", "--plan"]
+    assert cli.run(command) == 0
+    assert "bits per weight" in capsys.readouterr().out
+    monkeypatch.setattr("ternq.perplexity.free_memory", lambda device: 10)
+    assert cli.run([*command, "--json"]) == 4
+    said = json.loads(capsys.readouterr().out)
+    assert said["plan"] and "cache" in said["error"]["message"]
+
+
+def test_a_plan_of_another_engine_says_so(llama: Path) -> None:
+    found = asked(llama, plan=True, dtype=torch.bfloat16)
+    assert found["engine"] == "transformers"
+    assert len(found["notes"]) == 2 and "not counted" in found["notes"][1]
+    with pytest.raises(RecipeError, match="native decoder"):
+        asked(llama, plan=True, dtype=torch.bfloat16, int8_activations=True)
+
+
 def test_a_prompt_from_stdin(
     llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
