@@ -136,7 +136,7 @@ def gates(found: Sequence[Payload]) -> Table:
 
 def sentences(payload: Payload) -> Iterator[tuple[str, str]]:
     """(label, sentence) for what is not a number to compare."""
-    if payload.get("command") == "generate":
+    if payload.get("command") == "generate" and "plan" not in payload:
         return
     yield from facts(payload)
     for sample in payload.get("samples") or ():
@@ -300,6 +300,9 @@ def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
         yield "bits per weight of linears", f"{weights['bpw_linear']:.3f}"
         yield "bits per weight of all", f"{weights['bpw_total']:.3f}"
     yield "artefact", size(weights["bytes"])
+    if "engine" in payload:
+        yield "engine", payload["engine"]
+        yield "tokens", f"{payload['prompt_tokens']} read, {payload['max_new_tokens']} new at most"
     if "training" in payload:
         yield "training", _budget(payload["training"])
     if payload.get("seconds"):

@@ -235,11 +235,12 @@ def test_a_plan_writes_nothing(
     assert found["fits"] and found["reason"] is None
     command = ["generate", str(llama), "hi", "--plan"]
     assert cli.run(command) == 0
-    assert "bits per weight" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "native" in said and "2 read, 64 new at most" in said
     monkeypatch.setattr("ternq.perplexity.free_memory", lambda device: 10)
     assert cli.run([*command, "--json"]) == 4
-    said = json.loads(capsys.readouterr().out)
-    assert said["plan"] and "cache" in said["error"]["message"]
+    refused = json.loads(capsys.readouterr().out)
+    assert refused["plan"] and "cache" in refused["error"]["message"]
 
 
 def test_a_plan_of_another_engine_says_so(llama: Path) -> None:
