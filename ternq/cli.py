@@ -5,13 +5,9 @@ before a verb is called.
 """
 
 import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 
@@ -20,20 +16,22 @@ import typer
 import ternq
 from ternq import boundary, helptext, options, processes
 from ternq.boundary import Payload, UsageMistake
-from ternq.errors import InputError
 from ternq.progress import Event, Progress
-from ternq.recipe import (
-    BASELINES,
-    PRESETS,
-    Recipe,
-    Scheme,
-    Training,
-    default_recipe,
-    merge,
-    refuse_preset,
-    refuse_rounding,
-    refuse_scratch,
-    untrained,
+from ternq.recipe import Scheme, Training, refuse_rounding, refuse_scratch
+from ternq.request import (
+    dtype_of,
+    gates_of,
+    limit_of,
+    names_in,
+    newest,
+    path_of,
+    planned,
+    provenance,
+    recipe_of,
+    refuse_without_plan,
+    standard_input,
+    warn_of_gates,
+    where,
 )
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
@@ -126,45 +124,45 @@ def ternarize(
     **settings: Any,
 ) -> Payload:
     """Make MODEL ternary: initialise, distil, pack, verify, report."""
-    _refuse_without_plan(plan, memory=memory, devices=devices)
-    made = _recipe(model, recipe, seed, settings, preset, rounds=True)
-    gates = _gates(settings)
-    tasks = _names(settings["tasks"])
-    _warn_of_gates(gates, tasks, progress)
-    world = _world(device, settings) | {"progress": progress}
+    refuse_without_plan(plan, memory=memory, devices=devices)
+    made = recipe_of(model, recipe, seed, settings, preset, rounds=True)
+    gates = gates_of(settings)
+    tasks = names_in(settings["tasks"])
+    warn_of_gates(gates, tasks, progress)
+    world = where(device, settings) | {"progress": progress}
     refuse_scratch(made)
     if plan:
         from ternq.ternarize import check
 
-        place = _path(out)
+        place = path_of(out)
         done = check(
             place, made, embeddings=embeddings, keep_dtype=keep_dtype, tasks=tasks,
-            limit=_limit(settings["limit"]), data_dir=settings["data_dir"],
-            log_with=_names(log_with), offline=settings["offline"], overwrite=overwrite,
+            limit=limit_of(settings["limit"]), data_dir=settings["data_dir"],
+            log_with=names_in(log_with), offline=settings["offline"], overwrite=overwrite,
         )  # fmt: skip
         if done:
             said = f"{place} is finished already with this recipe: the command does nothing"
             progress(Event("plan", said))
         others: Payload = {"overwrite": overwrite or done, "memory": memory, "devices": devices}
         others |= {"keep_dtype": keep_dtype, "embeddings": embeddings}
-        return _plan(made, place, world | others)
+        return planned(made, place, world | others)
     from ternq.gates import judge_training
     from ternq.ternarize import ternarize as verb
 
     result = verb(
         model,
-        _path(out),
+        path_of(out),
         made,
         overwrite=overwrite,
         resume=resume,
         time_limit=time_limit,
-        log_with=_names(log_with),
+        log_with=names_in(log_with),
         keep_dtype=keep_dtype,
         embeddings=embeddings,
         tasks=tasks,
-        limit=_limit(settings["limit"]),
+        limit=limit_of(settings["limit"]),
         data_dir=settings["data_dir"],
-        made=_made(),
+        made=provenance(),
         **world,
     )
     judged = judge_training(gates, model, result) if processes.is_main() else []
@@ -199,32 +197,32 @@ def distill(
     **settings: Any,
 ) -> Payload:
     """Train a ternary student of MODEL, or go on where it stopped."""
-    _refuse_without_plan(plan, memory=memory, devices=devices)
-    made = _recipe(model, recipe, seed, settings, preset)
+    refuse_without_plan(plan, memory=memory, devices=devices)
+    made = recipe_of(model, recipe, seed, settings, preset)
     refuse_rounding(made)
-    world = _world(device, settings) | {"progress": progress}
+    world = where(device, settings) | {"progress": progress}
     if plan:
         from ternq.origin import RUN_FILE
 
-        place = _path(out)
+        place = path_of(out)
         begun = not overwrite and (place / RUN_FILE).is_file()
         if begun:
             said = f"{place} is a run: the command goes on with it if it is of this recipe"
             progress(Event("plan", said))
         others: Payload = {"teacher": teacher, "overwrite": overwrite or begun, "by_blocks": False}
         others |= {"memory": memory, "devices": devices}
-        return _plan(made, place, world | others)
+        return planned(made, place, world | others)
     from ternq.distill import distill as verb
 
     result = verb(
         model,
-        _path(out),
+        path_of(out),
         made,
         teacher=teacher,
         overwrite=overwrite,
         resume=resume,
         time_limit=time_limit,
-        log_with=_names(log_with),
+        log_with=names_in(log_with),
         **world,
     )
     return {"seed": made.seed, **result}
@@ -331,7 +329,7 @@ def pack(
         return {"model": str(verify), "out": None, **checked}
     return verb(
         cast("str", model),
-        _path(out),
+        path_of(out),
         format=format,
         embeddings=embeddings,
         group_size=group_size,
@@ -341,7 +339,7 @@ def pack(
         keep_dtype=keep_dtype,
         offline=offline,
         progress=progress,
-        extra={"made": _made()},
+        extra={"made": provenance()},
         plan=plan,
     )
 
@@ -415,10 +413,10 @@ def evaluate(
     **settings: Any,
 ) -> Payload:
     """Measure models: perplexities and lm-eval tasks."""
-    gates = _gates(settings)
-    names = _names(tasks) or ("wikitext",)
-    _warn_of_gates(gates, names, progress, baseline is not None)
-    models = model or [_newest()]
+    gates = gates_of(settings)
+    names = names_in(tasks) or ("wikitext",)
+    warn_of_gates(gates, names, progress, baseline is not None)
+    models = model or [newest()]
     from ternq.places import refuse_offline
 
     refuse_offline(names, data_dir, settings["offline"])  # before anything is imported
@@ -430,7 +428,7 @@ def evaluate(
         models,
         tasks=names,
         baseline=baseline,
-        limit=_limit(limit),
+        limit=limit_of(limit),
         num_fewshot=num_fewshot,
         max_length=max_length,
         batch_size=batch_size,
@@ -438,12 +436,12 @@ def evaluate(
         data_dir=data_dir,
         int8_activations=int8_activations,
         seed=seed or 0,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         cache=None if no_cache else default_folder(),
         samples=settings["html"] is not None,
         plan=plan,
         progress=progress,
-        **_world(device, settings),
+        **where(device, settings),
     )
     judged = [] if plan else [row for name in models for row in judge(gates, name, result)]
     shown = models[0] if len(models) == 1 else models
@@ -498,7 +496,7 @@ def generate(
 
     return verb(
         model,
-        _standard_input() if prompt == "-" else prompt,
+        standard_input() if prompt == "-" else prompt,
         chat=chat,
         system=system,
         max_new_tokens=max_new_tokens,
@@ -507,148 +505,12 @@ def generate(
         top_p=top_p,
         int8_activations=int8_activations,
         seed=seed or 0,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         plan=plan,
         write=_write,
         progress=progress,
-        **_world(device, settings),
+        **where(device, settings),
     ) | {"seed": seed or 0}
-
-
-# --- what commands share --------------------------------------------------------------------------
-
-
-def _refuse_without_plan(plan: bool, **given: Any) -> None:
-    """`UsageMistake` for options of devices that are planned for, without ``--plan``."""
-    for name, value in given.items():
-        if value is not None and not plan:
-            raise UsageMistake(f"--{name} is of what is planned for: it goes with --plan.")
-
-
-def _recipe(
-    model: str,
-    file: Path | None,
-    seed: int | None,
-    settings: Payload,
-    preset: str,
-    *,
-    rounds: bool = False,
-) -> Recipe:
-    """The recipe of ``--recipe``, or the default one, with the flags that were given.
-
-    A flag goes before the preset, and that before the recipe. ``rounds``: a baseline's is made to
-    have no steps, where none were asked for.
-    """
-    base = default_recipe(model)
-    if file:
-        from ternq.files import read_json
-
-        found = read_json(file)
-        base = Recipe.from_json(found.get("recipe", found))
-    own, chosen, training = _of(Training, settings), PRESETS.get(preset, {}), base.training
-    if own.keys() & {"tokens", "steps"}:
-        chosen = {name: value for name, value in chosen.items() if name != "tokens"}
-    scheme = merge(base.scheme, _of(Scheme, settings))
-    alone = rounds and scheme.method in BASELINES and not file  # the demo's budget is DLT's
-    if alone or (chosen | own).keys() & {"tokens", "steps"}:
-        training = replace(training, tokens=None, steps=None)
-    seed = base.seed if seed is None else seed
-    made = Recipe(model=model, scheme=scheme, training=merge(training, chosen | own), seed=seed)
-    refuse_preset(made, preset)
-    return untrained(made) if rounds else made
-
-
-def _of(part: Any, settings: Payload) -> Payload:
-    """The settings that are fields of ``part``; typer's lists as tuples, empty ones not given."""
-    names = [f.name for f in fields(part)]
-    own = {n: settings[n] for n in names if settings.get(n) not in (None, [])}
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in own.items()}
-
-
-def _world(device: str | None, settings: Payload) -> Payload:
-    """Where to compute, and how a model may be had."""
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    world = {k: settings[k] for k in ("offline", "trust_remote_code")}
-    return {"device": processes.device_of(device)} | world
-
-
-def _names(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """The names in lists with commas."""
-    whole = [[text] if Path(text).is_file() else text.split(",") for text in texts or ()]
-    return tuple(filter(None, (name.strip() for names in whole for name in names)))
-
-
-def _limit(text: str | None) -> Any:
-    return int(text) if text and text != "all" else text
-
-
-def _made() -> Payload:
-    """The command and the versions that make an artefact, for its card."""
-    packages = ("torch", "transformers", "safetensors")
-    versions = {"ternq": ternq.__version__, "Python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in packages}
-    return {"command": shlex.join(["ternq", *sys.argv[1:]]), "versions": versions}
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    return getattr(torch, name) if name else None
-
-
-def _path(out: Path | None) -> Path:
-    assert out is not None, "_call has put the default in its place"
-    return out
-
-
-def _plan(recipe: Recipe, out: Path, world: Payload) -> Payload:
-    from ternq.plan import plan
-
-    return {"seed": recipe.seed, "plan": True, **plan(recipe.model, recipe, out=out, **world)}
-
-
-def _newest() -> str:
-    from ternq.publish import newest_artefact
-
-    found = newest_artefact(Path.cwd())
-    if found is None:
-        raise InputError(
-            "No MODEL was named, and there is no artefact in this folder.",
-            "ternq ternarize demo makes one.",
-        )
-    return os.path.relpath(found)
-
-
-def _gates(settings: Payload) -> list[Any]:
-    """The gates of the ``--fail-if-`` options, checked before the work begins."""
-    from ternq.gates import parse_gates
-
-    prefix = "fail_if_"
-    given = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix) and v}
-    return parse_gates(**given)
-
-
-def _warn_of_gates(
-    gates: Sequence[Any], tasks: Sequence[str], progress: Progress, baseline: bool = True
-) -> None:
-    """Say before the work which gates will fail because what they look at is not measured."""
-    from ternq.gates import unanswered
-
-    for said in unanswered(gates, tasks, baseline):
-        progress(Event("gates", said, level="warning"))
-
-
-def _standard_input() -> str:
-    """A prompt from stdin, without the line end that a shell puts behind it."""
-    if sys.stdin is None:
-        raise InputError("The prompt is to come from stdin, which is closed.")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"The prompt on stdin is not UTF-8: {error}.") from error
 
 
 def _write(text: str) -> None:

@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from ternq import baseline, checkpoint, cli, corpus, distill, grid, hf
+from ternq import baseline, checkpoint, cli, corpus, distill, grid, hf, request
 from ternq.errors import InputError, RecipeError, ResourceError
 from ternq.evaluate import evaluate
 from ternq.linear import dense_weight, select
@@ -228,7 +228,7 @@ def test_distil_trains_and_does_not_round(source: Path, text: Path, tmp_path: Pa
 
 def asked(preset: str = "auto", rounds: bool = True, **given: Any) -> Recipe:
     """What the command line makes of options, for the demo."""
-    return cli._recipe("demo", None, None, given, preset, rounds=rounds)
+    return request.recipe_of("demo", None, None, given, preset, rounds=rounds)
 
 
 def test_no_steps_are_asked_for_of_the_demo() -> None:
