@@ -33,7 +33,7 @@ from ternq.linear import prepare
 from ternq.precision import has_bf16
 from ternq.progress import ignore
 from ternq.recipe import DEMO, Scheme, Training
-from ternq.ternary import fuses
+from ternq.rounding import fuses
 from ternq.train import Trainer
 from ternq.watch import DIAGNOSE_SHARE
 

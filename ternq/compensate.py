@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ternq import ternary
+from ternq import rounding, ternary
 
 DAMPING = 0.01  # of the Hessian's mean diagonal: that of the published code
 ROUNDS = 4  # of alternating least squares in a group
@@ -205,9 +205,9 @@ def _one_thread() -> Iterator[None]:
 
 def _levels(weight: Tensor, cost: Tensor, shift: bool, rounds: int) -> _Levels:
     """The levels of a group ``[out, m]``; ``cost`` ``[m]`` weighs the error of each column."""
-    codes = ternary.quantize(weight, weight.shape[1])
+    codes = rounding.quantize(weight, weight.shape[1])
     scale, offset = ternary.fit(weight, codes, weight.shape[1], shift)
-    reach = ternary.THRESHOLD * weight.abs().sum(1) / weight.shape[1]
+    reach = rounding.THRESHOLD * weight.abs().sum(1) / weight.shape[1]
     found = _Levels(
         scale[:, 0], None if offset is None else offset[:, 0], torch.zeros_like(reach), reach
     )
@@ -272,7 +272,7 @@ def _latent(rows: Tensor, codes: Tensor, levels: _Levels) -> Tensor:
     zero = torch.zeros_like(apart)
     above = torch.where(outer, apart - levels.reach, zero)
     below = torch.where(outer, zero, apart / levels.reach.clamp(min=torch.finfo().tiny))
-    share = ternary.THRESHOLD / len(rows)
+    share = rounding.THRESHOLD / len(rows)
     limit = share * above.sum(0) / (1 - share * (outer.sum(0) + below.sum(0)))
     return torch.sign(rows - levels.center) * torch.where(outer, above + limit, below * limit)
 
@@ -282,7 +282,7 @@ def _reproducing(latent: Tensor, codes: Tensor, scale: Tensor, group_size: int) 
 
     That is so where a magnitude lies upon the threshold to the last bit, or all of a group are 0.
     """
-    wrong = ternary.grouped(ternary.quantize(latent, group_size) != codes, group_size)
+    wrong = ternary.grouped(rounding.quantize(latent, group_size) != codes, group_size)
     size = torch.where(scale != 0, scale.abs(), torch.ones_like(scale))
     plain = ternary.grouped(ternary.dequantize(codes, size, None, group_size), group_size)
     whole = ternary.grouped(latent, group_size)

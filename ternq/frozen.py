@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ternq import ternary
+from ternq import rounding, ternary
 from ternq.linear import TernaryLinear, compute_dtype, dense_weight, ternary_layers
 from ternq.modeling_ternq import is_linear
 from ternq.recipe import Training
@@ -113,15 +113,15 @@ class LowRank(Frozen):
             return base + ternary.dequantize(change, self.unit, None, self.group_size)
 
     def values(self) -> Tensor:
-        """`ternq.ternary.fake_quantize` of the latent weight."""
-        return ternary.fake_quantize(
+        """`ternq.rounding.fake_quantize` of the latent weight."""
+        return rounding.fake_quantize(
             self.latent(), self.weight_scale, self.weight_shift, self.group_size, self.ste
         )
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """The codes in use, int8 ``[out, in]``."""
-        return ternary.quantize(self.latent(), self.group_size)
+        return rounding.quantize(self.latent(), self.group_size)
 
 
 class Compact(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import absmean, billm, grid, processes, ternary
+from ternq import absmean, billm, grid, processes, rounding, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import NOT_TERNARY, Scheme, Ste
@@ -62,7 +62,7 @@ class TernaryLinear(nn.Linear):
                 shift=scheme.shift,
                 ste=ste,
             )
-        codes = ternary.quantize(weight, scheme.group_size)
+        codes = rounding.quantize(weight, scheme.group_size)
         scale, shift = ternary.fit(weight, codes, scheme.group_size, scheme.shift)
         # A Linear's own parameter is kept, so that whatever else refers to it still does.
         new.weight = layer.weight if isinstance(layer, nn.Linear) else nn.Parameter(weight)
@@ -93,14 +93,14 @@ class TernaryLinear(nn.Linear):
         dtype = compute_dtype(input)
         if self.once is not None:
             return F.linear(input, self.once.value(dtype), self.bias)
-        weight = ternary.fake_quantize(
+        weight = rounding.fake_quantize(
             self.weight, self.weight_scale, self.weight_shift, self.group_size, self.ste, dtype
         )
         return F.linear(input, weight, self.bias)
 
     def codes(self) -> Tensor:
         """The codes in use, int8 ``[out, in]``; of a weight in shards, this process's rows."""
-        return ternary.quantize(processes.local(self.weight), self.group_size)
+        return rounding.quantize(processes.local(self.weight), self.group_size)
 
     def numbers(self) -> ternary.TernaryWeight:
         """Codes, scales and shifts as they are in training, on the CPU."""
@@ -128,7 +128,7 @@ class Once:
         """The rounded weight, a leaf; made when first asked for."""
         if self._value is None:
             layer = self.layer
-            self._value, self._codes = ternary.rounded(
+            self._value, self._codes = rounding.rounded(
                 layer.weight, layer.weight_scale, layer.weight_shift, layer.group_size, dtype
             )
             self._value.requires_grad_(torch.is_grad_enabled() and any(self._wanted()))
@@ -156,7 +156,7 @@ class Once:
         if self._gradient is None:
             return
         layer, wanted = self.layer, self._wanted()
-        found = ternary.straight_through(
+        found = rounding.straight_through(
             self._gradient,
             self._codes,
             layer.weight_scale,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import absmean, checkpoint, hf, origin, outlines, packing, states, ternary
+from ternq import absmean, checkpoint, hf, origin, outlines, packing, rounding, states, ternary
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
@@ -184,7 +184,7 @@ def open_run(folder: Path) -> Source:
     def layer(name: str) -> TernaryWeight:
         if scheme.method == "absmean":
             return _stored(name, absmean.numbers(tensors[f"{name}.weight"], scheme.group_size))
-        codes = ternary.quantize(tensors[f"{name}.weight"], scheme.group_size)
+        codes = rounding.quantize(tensors[f"{name}.weight"], scheme.group_size)
         shift = tensors[f"{name}.weight_shift"] if scheme.shift else None
         scale = tensors[f"{name}.weight_scale"]
         return _stored(name, TernaryWeight(codes, scale, shift, scheme.group_size))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ternq import ternary
+from ternq import rounding, ternary
 from ternq.compensate import DAMPING, Compensated, compensate, inverse_root, output_error
 
 SHAPES = [(6, 32, 8), (5, 30, 8), (4, 24, 24), (3, 20, 64), (7, 17, 1)]  # out, in, group
@@ -26,7 +26,7 @@ def value(found: Compensated, group_size: int) -> Tensor:
 
 
 def plain(weight: Tensor, group_size: int, shift: bool) -> Tensor:
-    codes = ternary.quantize(weight, group_size)
+    codes = rounding.quantize(weight, group_size)
     return ternary.dequantize(codes, *ternary.fit(weight, codes, group_size, shift), group_size)
 
 
@@ -39,7 +39,7 @@ def naive(weight: Tensor, hessian: Tensor, group_size: int, shift: bool) -> tupl
         if j % group_size == 0:
             group = weight[:, j : j + group_size].float()
             limit = 0.7 * group.abs().mean(1)
-            scale, offset = ternary.fit(group, ternary.quantize(group, group_size), 10**6, shift)
+            scale, offset = ternary.fit(group, rounding.quantize(group, group_size), 10**6, shift)
         codes[:, j] = torch.sign(weight[:, j]) * (weight[:, j].abs() > limit)
         rounded[:, j] = scale[:, 0] * codes[:, j] + (0 if offset is None else offset[:, 0])
         error = (weight[:, j] - rounded[:, j]) / inverse[j, j]
@@ -55,7 +55,7 @@ def test_without_correlations_it_is_plain_rounding(
 ) -> None:
     weight = random(out, columns)
     found = compensate(weight, torch.eye(columns), group, shift, rounds=0)
-    codes = ternary.quantize(weight, group)
+    codes = rounding.quantize(weight, group)
     scale, offset = ternary.fit(weight, codes, group, shift)
     assert torch.equal(found.codes, codes)
     assert torch.allclose(found.scale, scale, atol=1e-6)
@@ -113,8 +113,8 @@ def test_the_latent_weight_has_the_codes(
     found = compensate(random(out, columns), correlated(columns), group, shift, rounds=rounds)
     assert found.latent.dtype == torch.float32
     assert torch.isfinite(found.latent).all()
-    assert torch.equal(ternary.quantize(found.latent, group), found.codes)
-    in_use = ternary.fake_quantize(found.latent, found.scale, found.shift, group)
+    assert torch.equal(rounding.quantize(found.latent, group), found.codes)
+    in_use = rounding.fake_quantize(found.latent, found.scale, found.shift, group)
     assert torch.equal(in_use, value(found, group))
 
 
@@ -125,7 +125,7 @@ def test_groups_of_one_value_keep_it(fill: float, shift: bool) -> None:
     weight[1, 8:16] = fill
     weight[2] = fill
     found = compensate(weight, torch.eye(24), 8, shift)
-    assert torch.equal(ternary.quantize(found.latent, 8), found.codes)
+    assert torch.equal(rounding.quantize(found.latent, 8), found.codes)
     assert torch.allclose(value(found, 8)[2], weight[2], atol=1e-6)
     assert torch.allclose(value(found, 8)[1, 8:16], weight[1, 8:16], atol=1e-6)
 

@@ -20,7 +20,7 @@ import transformers
 from test_train import batch, close, gradients, random_blocks
 from torch import Tensor
 
-from ternq import corpus, hf, optimize, ternary
+from ternq import corpus, hf, optimize, rounding, ternary
 from ternq.distill import distill
 from ternq.errors import RecipeError
 from ternq.frozen import Compact, Frozen, FrozenCodes, LowRank, arrange, fold, plain_state
@@ -116,7 +116,7 @@ def test_an_adapter_learns_by_the_formula(ste: Ste) -> None:
     change = v["b"] @ v["a"]
     latent = spread(made.step, 40) * made.weight.double() + spread(made.unit, 40) * change
     codes = made.codes().double()
-    assert torch.equal(codes, ternary.quantize(latent, GROUP).double())
+    assert torch.equal(codes, rounding.quantize(latent, GROUP).double())
     weight = spread(v["scale"], 40) * codes + spread(v["shift"], 40)
     through = torch.where(codes != 0, spread(v["scale"], 40), 1) if ste == "ttq" else 1
     weight = weight + (latent - latent.detach()) * torch.as_tensor(through).detach()
@@ -168,7 +168,7 @@ def test_an_adapter_of_full_rank_reaches_any_codes() -> None:
     with torch.no_grad():
         made.adapter_a.copy_(torch.eye(40))
         made.adapter_b.copy_(change)
-    assert torch.equal(made.codes(), ternary.quantize(wanted, GROUP))
+    assert torch.equal(made.codes(), rounding.quantize(wanted, GROUP))
 
 
 def pair(training: Training) -> tuple[Any, Any]:
@@ -258,7 +258,7 @@ def test_stored_latents_have_the_codes_whatever_the_scale(scale: float) -> None:
     made.weight[0, :GROUP] = 0
     torch.nn.init.constant_(made.weight_scale, scale)
     state = plain_state(torch.nn.ModuleDict({"a": made}), {"a.weight": made.weight, "b": scale})
-    assert torch.equal(ternary.quantize(state["a.weight"], GROUP), made.weight)
+    assert torch.equal(rounding.quantize(state["a.weight"], GROUP), made.weight)
     assert state["b"] == scale
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ternq import checkpoint, ternary
+from ternq import checkpoint, rounding, ternary
 from ternq.pack import verify
 from ternq.packing import pack_base3, unpack_base3
 from ternq.source import open_artefact
@@ -67,7 +67,7 @@ def test_the_reader_of_the_page(
 ) -> None:
     torch.manual_seed(0)
     dense = torch.randn(6, columns)
-    codes = ternary.quantize(dense, group_size)
+    codes = rounding.quantize(dense, group_size)
     fitted = ternary.fit(dense, codes, group_size, with_shift)
     stored = ternary.canonical(codes, *fitted, group_size)
     checkpoint.save_tensors(layer(*stored), tmp_path / "x.safetensors")

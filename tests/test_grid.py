@@ -7,7 +7,7 @@ import torch
 from test_compensate import correlated, random
 from torch import Tensor
 
-from ternq import ternary
+from ternq import rounding, ternary
 from ternq.billm import billm, binarise, binarised, break_point, salient_columns
 from ternq.compensate import DAMPING, errors_of, inverse_root
 from ternq.grid import gptq, grid, rtn, stored_bits
@@ -278,7 +278,7 @@ def test_pt2_is_the_naive_formula() -> None:
     found = pt2(weight, hessian, 8)
     values = ternary.dequantize(found.codes, found.scale, found.shift, 8)
     assert torch.isclose(values.double(), expected, atol=1e-2).float().mean() > 0.95
-    assert torch.equal(ternary.quantize(found.latent, 8), found.codes)
+    assert torch.equal(rounding.quantize(found.latent, 8), found.codes)
 
 
 def test_pt2_of_zeros_and_of_one_value() -> None:

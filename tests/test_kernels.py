@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ternq import kernels, ternary
+from ternq import kernels, rounding, ternary
 from ternq.errors import RecipeError
 from ternq.kernels import PackedWeight, native
 from ternq.kernels import build as builder
@@ -420,7 +420,7 @@ def packed_model() -> Any:
     model: Any = LlamaForCausalLM(config).eval()
     for name, module in list(model.model.layers.named_modules()):
         if is_linear(module):
-            codes = ternary.quantize(module.weight, 128)
+            codes = rounding.quantize(module.weight, 128)
             scale, shift = ternary.fit(module.weight, codes, 128, True)
             new = PackedLinear(
                 module.in_features, module.out_features, bias=False, group_size=128, shift=True

@@ -9,7 +9,7 @@ from tiny import model as tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ternq import ternary
+from ternq import rounding, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.linear import (
     TernaryLinear,
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_computes_with_the_dequantized_weight(scheme: Scheme, bias: bool) -> None:
     layer = TernaryLinear.from_dense(dense(bias), scheme)
-    codes = ternary.quantize(layer.weight, scheme.group_size)
+    codes = rounding.quantize(layer.weight, scheme.group_size)
     start = ternary.fit(layer.weight, codes, scheme.group_size, scheme.shift)
     weight = ternary.dequantize(codes, *start, scheme.group_size)
     x = gaussian(2, 3, 10)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternq import ternary
+from ternq import rounding, ternary
 from ternq.recover import NotTernaryError, recover, scheme_of
 from ternq.ternary import TernaryWeight
 
@@ -20,7 +20,7 @@ def made(columns: int, group_size: int, shift: bool, seed: int = 0) -> TernaryWe
     """A ternary weight as training makes them."""
     torch.manual_seed(seed)
     dense = torch.randn(12, columns) * 0.05 + 0.003
-    codes = ternary.quantize(dense, group_size)
+    codes = rounding.quantize(dense, group_size)
     scale, offset = ternary.fit(dense, codes, group_size, shift)
     return TernaryWeight(codes, scale, offset, group_size).canonical()
 

@@ -11,7 +11,7 @@ import torch
 from test_train import batch, close, gradients, trainer
 from torch import Tensor, nn
 
-from ternq import ternary
+from ternq import rounding, ternary
 from ternq.linear import TernaryLinear, rounded_once, ternary_layers
 from ternq.recipe import Scheme
 
@@ -34,14 +34,14 @@ def test_pieces_change_nothing(
     weight, scale, offset = drawn(rows, columns, size, shift)
     assert weight is not None and scale is not None
     gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
-    codes = ternary.quantize(weight, size)
-    expected = ternary.straight_through(gradient, codes, scale, size, "ttq")
-    monkeypatch.setattr(ternary, "_CACHED", held)
-    assert torch.equal(ternary.quantize(weight, size), codes)
-    value, own = ternary.rounded(weight, scale, offset, size)
+    codes = rounding.quantize(weight, size)
+    expected = rounding.straight_through(gradient, codes, scale, size, "ttq")
+    monkeypatch.setattr(rounding, "_CACHED", held)
+    assert torch.equal(rounding.quantize(weight, size), codes)
+    value, own = rounding.rounded(weight, scale, offset, size)
     assert torch.equal(own, codes)
     assert torch.equal(value, ternary.dequantize(codes, scale, offset, size))
-    found = ternary.straight_through(gradient, codes, scale, size, "ttq")
+    found = rounding.straight_through(gradient, codes, scale, size, "ttq")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)
 
 
@@ -49,13 +49,13 @@ def test_it_is_rounded_to_another_type_once() -> None:
     weight, scale, shift = drawn(9, 576, 128)
     assert weight is not None and scale is not None and shift is not None
     leaves = [t.clone().requires_grad_() for t in (weight, scale, shift)]
-    value = ternary.fake_quantize(*leaves, 128, dtype=torch.bfloat16)
-    exact = ternary.dequantize(ternary.quantize(weight, 128), scale, shift, 128)
+    value = rounding.fake_quantize(*leaves, 128, dtype=torch.bfloat16)
+    exact = ternary.dequantize(rounding.quantize(weight, 128), scale, shift, 128)
     assert torch.equal(value, exact.bfloat16())
     outer = torch.randn(9, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
     value.backward(outer)
     again = [t.clone().requires_grad_() for t in (weight, scale, shift)]
-    ternary.fake_quantize(*again, 128).backward(outer.float())
+    rounding.fake_quantize(*again, 128).backward(outer.float())
     for a, b in zip(leaves, again, strict=True):  # sums are made in float32
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
 
@@ -64,8 +64,8 @@ def test_a_latent_weight_of_bf16_is_worked_in_float32() -> None:
     weight, scale, shift = drawn(9, 576, 128)
     assert weight is not None and scale is not None
     rough = weight.bfloat16().requires_grad_()
-    value = ternary.fake_quantize(rough, scale, shift, 128)
-    assert torch.equal(value, ternary.fake_quantize(rough.float(), scale, shift, 128))
+    value = rounding.fake_quantize(rough, scale, shift, 128)
+    assert torch.equal(value, rounding.fake_quantize(rough.float(), scale, shift, 128))
     value.sum().backward()
     assert rough.grad is not None and rough.grad.dtype == torch.bfloat16
 
@@ -75,7 +75,7 @@ def test_a_weight_that_is_not_finite_is_seen(bad: float) -> None:
     weight, scale, shift = drawn(2, 8, 4)
     assert weight is not None and scale is not None
     weight[0, 1] = bad
-    value = ternary.fake_quantize(weight, scale, shift, 4)
+    value = rounding.fake_quantize(weight, scale, shift, 4)
     assert torch.isnan(value[0, :4]).all() and torch.isfinite(value[0, 4:]).all()
     assert torch.isfinite(value[1]).all()
 
@@ -85,14 +85,14 @@ def test_the_compiler_can_trace_it(ste: str) -> None:
     """With the one backend that needs no C++ compiler; what a GPU's makes of it is not seen."""
     weight, scale, shift = drawn(9, 576, 128)
     assert weight is not None and scale is not None
-    compiled: Any = torch.compile(ternary._rounded, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(rounding._rounded, backend="aot_eager", fullgraph=True)
     value, codes = compiled(weight, scale, shift, 128, torch.bfloat16)
-    expected = ternary.rounded(weight, scale, shift, 128, torch.bfloat16)
+    expected = rounding.rounded(weight, scale, shift, 128, torch.bfloat16)
     assert torch.equal(value, expected[0]) and torch.equal(codes, expected[1])
-    compiled = torch.compile(ternary._gradients, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(rounding._gradients, backend="aot_eager", fullgraph=True)
     wanted = (True, True, True)
     found = compiled(value, codes, scale, 128, ste, torch.float32, wanted)
-    same = ternary.straight_through(value, codes, scale, 128, ste)
+    same = rounding.straight_through(value, codes, scale, 128, ste)
     for a, b in zip(found, same, strict=True):
         assert a is not None and b is not None and torch.equal(a, b)
 
@@ -104,8 +104,8 @@ def test_the_compiler_can_trace_it(ste: str) -> None:
 def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with every rounding of a weight."""
     made: list[int] = []
-    rounded = ternary.rounded
-    monkeypatch.setattr(ternary, "rounded", lambda *a, **k: (made.append(1), rounded(*a, **k))[1])
+    rounded = rounding.rounded
+    monkeypatch.setattr(rounding, "rounded", lambda *a, **k: (made.append(1), rounded(*a, **k))[1])
     return made
 
 

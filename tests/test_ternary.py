@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternq import ternary
+from ternq import rounding, ternary
 
 SHAPES = [(3, 8, 4), (2, 10, 4), (4, 7, 7), (5, 3, 8), (1, 1, 1), (2, 576, 128)]  # rows, columns, g
 matrices = st.tuples(
@@ -44,7 +44,7 @@ def codes_by_hand(weight: Tensor, size: int) -> list[list[int]]:
 @pytest.mark.parametrize(("rows", "columns", "size"), SHAPES)
 def test_codes_are_those_of_the_definition(rows: int, columns: int, size: int) -> None:
     weight = gaussian(rows, columns)
-    codes = ternary.quantize(weight, size)
+    codes = rounding.quantize(weight, size)
     assert codes.dtype == torch.int8
     assert codes.tolist() == codes_by_hand(weight, size)
 
@@ -56,20 +56,20 @@ def test_codes_do_not_depend_on_a_positive_factor_and_follow_the_sign(
 ) -> None:
     rows, columns, size, seed = drawn
     weight = gaussian(rows, columns, seed)
-    codes = ternary.quantize(weight, size)
-    assert torch.equal(ternary.quantize(weight * 4, size), codes)  # a power of two: exact
-    assert torch.equal(ternary.quantize(-weight, size), -codes)
+    codes = rounding.quantize(weight, size)
+    assert torch.equal(rounding.quantize(weight * 4, size), codes)  # a power of two: exact
+    assert torch.equal(rounding.quantize(-weight, size), -codes)
 
 
 def test_every_group_has_its_own_threshold() -> None:
     weight = torch.tensor([[1.0, 0.1, 0.001, 0.0001, 5.0]])
-    assert ternary.quantize(weight, 2).tolist() == [[1, 0, 1, 0, 1]]
-    assert ternary.quantize(weight, 5).tolist() == [[1, 0, 0, 0, 1]]
+    assert rounding.quantize(weight, 2).tolist() == [[1, 0, 1, 0, 1]]
+    assert rounding.quantize(weight, 5).tolist() == [[1, 0, 0, 0, 1]]
 
 
 def test_a_row_of_zeros_has_codes_scale_and_shift_zero() -> None:
     weight = torch.zeros(2, 5)
-    codes = ternary.quantize(weight, 2)
+    codes = rounding.quantize(weight, 2)
     scale, shift = ternary.fit(weight, codes, 2)
     assert shift is not None
     assert not codes.any() and not scale.any() and not shift.any()
@@ -81,7 +81,7 @@ def test_a_row_of_zeros_has_codes_scale_and_shift_zero() -> None:
 @pytest.mark.parametrize(("rows", "columns", "size"), SHAPES)
 def test_fit_is_the_least_squares_of_numpy(rows: int, columns: int, size: int) -> None:
     weight = gaussian(rows, columns, seed=1) + 0.3
-    codes = ternary.quantize(weight, size)
+    codes = rounding.quantize(weight, size)
     scale, shift = ternary.fit(weight, codes, size)
     assert shift is not None
     fitted = ternary.dequantize(codes, scale, shift, size).double()
@@ -102,7 +102,7 @@ def test_fit_is_the_least_squares_of_numpy(rows: int, columns: int, size: int) -
 @pytest.mark.parametrize(("rows", "columns", "size"), SHAPES)
 def test_without_shift_the_scale_is_that_of_twn(rows: int, columns: int, size: int) -> None:
     weight = gaussian(rows, columns, seed=2)
-    codes = ternary.quantize(weight, size)
+    codes = rounding.quantize(weight, size)
     scale, shift = ternary.fit(weight, codes, size, shift=False)
     assert shift is None
     for row in range(rows):
@@ -113,7 +113,7 @@ def test_without_shift_the_scale_is_that_of_twn(rows: int, columns: int, size: i
 
 def test_where_all_codes_are_alike_the_scale_stays_learnable() -> None:
     weight = torch.tensor([[1.0, 1.1, 0.9], [-2.0, -2.0, -2.0]])
-    codes = ternary.quantize(weight, 3)
+    codes = rounding.quantize(weight, 3)
     scale, shift = ternary.fit(weight, codes, 3)
     assert torch.allclose(scale, torch.tensor([[1.0], [2.0]])) and shift is not None
     assert not shift.any()
@@ -127,7 +127,7 @@ def test_where_all_codes_are_alike_the_scale_stays_learnable() -> None:
 @pytest.mark.parametrize("size", [64, 128, 576])
 def test_the_start_of_a_gaussian_matrix(size: int, shift: bool) -> None:
     weight = gaussian(256, 576, seed=3) * 0.02
-    codes = ternary.quantize(weight, size)
+    codes = rounding.quantize(weight, size)
     zeros = (codes == 0).float().mean()
     error = ternary.dequantize(codes, *ternary.fit(weight, codes, size, shift), size) - weight
     assert 0.3 < zeros < 0.6
@@ -136,7 +136,7 @@ def test_the_start_of_a_gaussian_matrix(size: int, shift: bool) -> None:
 
 def test_a_shift_never_fits_worse() -> None:
     weight = gaussian(20, 50, seed=4) + 0.2
-    codes = ternary.quantize(weight, 16)
+    codes = rounding.quantize(weight, 16)
     errors = [
         (ternary.dequantize(codes, *ternary.fit(weight, codes, 16, s), 16) - weight).square().sum()
         for s in (True, False)
@@ -154,7 +154,7 @@ def plain(weight: Tensor, scale: Tensor, shift: Tensor | None, size: int, ste: s
     """
     columns = weight.shape[1]
     wide = [t.repeat_interleave(size, 1)[:, :columns] for t in (scale, shift) if t is not None]
-    codes = ternary.quantize(weight, size).to(weight.dtype)
+    codes = rounding.quantize(weight, size).to(weight.dtype)
     slope = torch.where(codes != 0, wide[0], 1.0).detach() if ste == "ttq" else 1.0
     value = wide[0] * codes + (wide[1] if shift is not None else 0)
     return value + slope * (weight - weight.detach())
@@ -171,7 +171,7 @@ def test_value_and_gradients_are_those_of_autograd(
     start += [gaussian(rows, groups, 7)] if with_shift else []
     outer = gaussian(rows, columns, 8)
     gradients, values = [], []
-    for function in (ternary.fake_quantize, plain):
+    for function in (rounding.fake_quantize, plain):
         inputs = [t.clone().requires_grad_() for t in start]
         shift = inputs[2] if with_shift else None
         value = function(inputs[0], inputs[1], shift, size, ste)
@@ -187,15 +187,15 @@ def test_value_and_gradients_are_those_of_autograd(
 def test_only_wanted_gradients_are_computed() -> None:
     weight = gaussian(2, 6)
     scale, shift = torch.ones(2, 2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
-    ternary.fake_quantize(weight, scale, shift, 3).sum().backward()
+    rounding.fake_quantize(weight, scale, shift, 3).sum().backward()
     assert weight.grad is None and scale.grad is not None and shift.grad is not None
     assert torch.equal(shift.grad, torch.full((2, 2), 3.0))
 
 
 def test_its_value_is_the_dequantized_weight() -> None:
     weight, scale, shift = gaussian(3, 10), gaussian(3, 3, 1), gaussian(3, 3, 2)
-    value = ternary.fake_quantize(weight, scale, shift, 4)
-    expected = ternary.dequantize(ternary.quantize(weight, 4), scale, shift, 4)
+    value = rounding.fake_quantize(weight, scale, shift, 4)
+    expected = ternary.dequantize(rounding.quantize(weight, 4), scale, shift, 4)
     assert torch.equal(value, expected)
 
 

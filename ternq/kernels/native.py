@@ -8,6 +8,7 @@ handed over, so that no second pool competes for the cores.
 import ctypes
 import functools
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ternq.kernels.build import LIBRARY
 from ternq.kernels.packed import Act, PackedWeight
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TABLES = DTYPES | {torch.int8: 3}
 ACTS: dict[str, int] = {"exact": 0, "int8": 1}
@@ -38,7 +39,19 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class Latent(ctypes.Structure):
+    """``ternq_latent``."""
+
+    _fields_ = [
+        *((name, _int64) for name in ("rows", "columns", "group")),
+        *((name, _pointer) for name in ("numbers", "values", "codes", "scale", "shift")),
+        *((name, _pointer) for name in ("to_scale", "to_shift")),
+        *((name, _int) for name in ("dtype", "value_dtype", "ttq")),
+    ]
+
+
 _matrix = ctypes.POINTER(Matrix)
+_latent = ctypes.POINTER(Latent)
 _SIGNATURES = {
     "ternq_abi": (_int, ()),
     "ternq_isa": (ctypes.c_char_p, ()),
@@ -59,6 +72,8 @@ _SIGNATURES = {
         _int,
         (_pointer, _pointer, _int64, _int64, _int64, _pointer, _int64, _pointer, _int),
     ),
+    "ternq_ternarize": (_int, (_latent, _int)),
+    "ternq_descend": (_int, (_latent, _int)),
     "ternq_decoder_new": (_pointer, (_pointer, _int64, _int64, _int)),
     "ternq_decoder_step": (_int, (_pointer, _pointer, _int64, _int64, _int, _pointer)),
     "ternq_decoder_free": (None, (_pointer,)),
@@ -215,6 +230,76 @@ class Native:
         _check(status)
         return y.to(x.dtype)
 
+    def quantize(self, weight: Tensor, group_size: int) -> Tensor:
+        """See `ternq.rounding.quantize`."""
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        given = {"numbers": _plain(weight), "codes": codes}
+        self._latent(self.library.ternq_ternarize, given, group_size)
+        return codes
+
+    def rounded(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ternq.rounding.rounded`."""
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        values = torch.empty(weight.shape, dtype=dtype)
+        given: dict[str, Tensor | None] = {"numbers": _plain(weight), "values": values}
+        given |= {"codes": codes, "scale": _per_group(scale), "shift": _per_group(shift)}
+        self._latent(self.library.ternq_ternarize, given, group_size)
+        return values, codes
+
+    def descend(
+        self,
+        gradient: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        group_size: int,
+        ttq: bool,
+        dtype: torch.dtype,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `ternq.rounding.straight_through`."""
+        gradient = _plain(gradient)
+        as_it_is = not ttq and gradient.dtype == dtype
+        new = wanted[0] and not as_it_is
+        to_weight = torch.empty(gradient.shape, dtype=dtype) if new else None
+        sums = [torch.empty(scale.shape) if w else None for w in wanted[1:]]
+        given = {"numbers": gradient, "values": to_weight, "codes": codes.contiguous()}
+        given |= {"scale": _per_group(scale), "to_scale": sums[0], "to_shift": sums[1]}
+        if new or any(wanted[1:]):
+            self._latent(self.library.ternq_descend, given, group_size, ttq)
+        own = [None if s is None else s.to(scale.dtype) for s in sums]
+        return gradient if wanted[0] and as_it_is else to_weight, own[0], own[1]
+
+    def _latent(
+        self,
+        function: Callable[..., int],
+        given: Mapping[str, Tensor | None],
+        group_size: int,
+        ttq: bool = False,
+    ) -> None:
+        """Call ``function`` with pointers to the tensors ``given``, which live until it returns."""
+        numbers, values = given["numbers"], given.get("values")
+        assert numbers is not None
+        rows, columns = numbers.shape
+        pointers = {name: t.data_ptr() for name, t in given.items() if t is not None}
+        of = Latent(
+            rows=rows,
+            columns=columns,
+            group=min(group_size, columns),
+            dtype=DTYPES[numbers.dtype],
+            value_dtype=0 if values is None else DTYPES[values.dtype],
+            ttq=ttq,
+            **pointers,
+        )
+        if numbers.numel():
+            _check(function(of, torch.get_num_threads()))
+
     def _opened(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """The same by torch's dense product, some rows of the weight after another."""
         step = max(16, _DENSE_WEIGHTS // weight.columns // 16 * 16)
@@ -226,6 +311,16 @@ class Native:
             last = min(first + step, weight.rows)
             y[..., first:last] = x @ self.dense(weight, x.dtype, first, last).T
         return y if bias is None else y.add_(bias)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same numbers one behind the other, at an address that the C code takes."""
+    tensor = tensor.detach().contiguous()
+    return tensor.clone() if tensor.data_ptr() % 4 else tensor
+
+
+def _per_group(values: Tensor | None) -> Tensor | None:
+    return None if values is None else _plain(values.float())
 
 
 def matrix_of(weight: PackedWeight) -> Matrix:

@@ -7,6 +7,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 
 #include "internal.h"
+#include "latent.h"
 
 /* Keeps the compiler from gathering many additions and spilling their operands. */
 #define KEEP(a) __asm__("" : "+x"(a))
@@ -189,6 +190,6 @@ TARGET INLINE void many_tokens(const ternq_shape *s, const uint8_t *block, const
 
 #include "x86.h"
 
-const ternq_kernel ternq_avx2 = {"avx2", 4, multiply, round_wide};
+const ternq_kernel ternq_avx2 = {"avx2", 4, multiply, round_wide, ternarize, descend};
 
 #endif

@@ -7,6 +7,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
 #include "internal.h"
+#include "latent.h"
 
 TARGET INLINE __m512i four(const int8_t *q) { /* four activations for every row */
     int32_t bits;
@@ -136,6 +137,6 @@ TARGET INLINE void many_tokens(const ternq_shape *s, const uint8_t *block, const
 
 #include "x86.h"
 
-const ternq_kernel ternq_avx512 = {"avx512", 16, multiply, round_wide};
+const ternq_kernel ternq_avx512 = {"avx512", 16, multiply, round_wide, ternarize, descend};
 
 #endif

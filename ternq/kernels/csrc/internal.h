@@ -82,7 +82,13 @@ typedef struct {
                      int64_t first, int64_t tokens, float (*out)[ROWS]);
     void (*round_segment)(const float *x, int width, int8_t *high, int8_t *low, int planes,
                           ternq_segment *segment);
+    void (*ternarize)(const float *w, int64_t n, float scale, float shift, int8_t *codes,
+                      void *values, int dtype);
+    void (*descend)(float *restrict g, const int8_t *restrict codes, int64_t n, float scale, int ttq,
+                    float sums[2]); /* see latent.h for both */
 } ternq_kernel;
+
+const ternq_kernel *ternq_kernel_in_use(void);
 
 extern const ternq_kernel ternq_portable;
 #if defined(__x86_64__)

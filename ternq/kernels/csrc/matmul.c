@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "internal.h"
+#include "latent.h"
 
 /* --- portable kernel ------------------------------------------------------------------------------ */
 
@@ -55,7 +56,8 @@ static void portable_round(const float *x, int width, int8_t *high, int8_t *low,
     round_segment(x, width, high, low, planes, segment);
 }
 
-const ternq_kernel ternq_portable = {"portable", 1, portable_multiply, portable_round};
+const ternq_kernel ternq_portable = {"portable", 1, portable_multiply, portable_round, ternarize,
+                                     descend};
 
 /* --- which kernel ---------------------------------------------------------------------------------- */
 
@@ -100,14 +102,14 @@ int ternq_set_isa(const char *name) {
     return TERNQ_BAD;
 }
 
-static const ternq_kernel *kernel_in_use(void) {
+const ternq_kernel *ternq_kernel_in_use(void) {
     if (!atomic_load(&chosen)) ternq_set_isa(NULL);
     return atomic_load(&chosen);
 }
 
 int ternq_abi(void) { return TERNQ_ABI; }
 
-const char *ternq_isa(void) { return kernel_in_use()->name; }
+const char *ternq_isa(void) { return ternq_kernel_in_use()->name; }
 
 /* --- threads ---------------------------------------------------------------------------------------- */
 
@@ -314,7 +316,7 @@ int ternq_linear(const ternq_matrix *w, const void *x, int64_t n, void *y, const
     if (!room) return TERNQ_MEMORY;
     float *wide_bias = bias ? (float *)(room + q + of_segments) : NULL;
     if (bias) ternq_to_float(bias, wide_bias, s.rows, dtype);
-    product p = {.kernel = kernel_in_use(), .s = &s, .data = w->data, .bias = wide_bias,
+    product p = {.kernel = ternq_kernel_in_use(), .s = &s, .data = w->data, .bias = wide_bias,
                  .dtype = dtype, .planes = planes, .q = (int8_t *)room,
                  .segments = (ternq_segment *)(room + q),
                  .finite = (uint8_t *)(room + q + of_segments + of_bias)};

@@ -11,6 +11,7 @@
 #endif
 
 #include "internal.h"
+#include "latent.h"
 
 TARGET INLINE float32x4_t halves(const uint8_t *from) {
     uint16x4_t bits;
@@ -79,6 +80,6 @@ TARGET static void multiply(const ternq_shape *s, const uint8_t *block, const te
         }
 }
 
-const ternq_kernel ternq_neon = {"neon", 4, multiply, round_wide};
+const ternq_kernel ternq_neon = {"neon", 4, multiply, round_wide, ternarize, descend};
 
 #endif

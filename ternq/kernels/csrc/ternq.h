@@ -26,7 +26,7 @@
 #pragma GCC visibility push(default)
 #endif
 
-#define TERNQ_ABI 1 /* counts changes of this file that a caller must know */
+#define TERNQ_ABI 2 /* counts changes of this file that a caller must know */
 int ternq_abi(void);
 
 enum { TERNQ_BAD = -1, TERNQ_MEMORY = -2 };
@@ -66,6 +66,26 @@ int ternq_linear(const ternq_matrix *w, const void *x, int64_t n, void *y, const
 enum { TERNQ_TABLE_INT8 = 3 };
 int ternq_table_product(const void *table, const uint16_t *scale, int64_t dtype, int64_t rows,
                         int64_t columns, const float *x, int64_t n, float *y, int threads);
+
+/* Latent weights in training, [rows][columns] in groups of `group` columns (the last of a row may be
+ * shorter), scale and shift float32 [rows][groups]; codes are int8 [rows][columns]. */
+typedef struct {
+    int64_t rows, columns, group;
+    void *numbers; /* latent weights, or the gradient of their values; never written */
+    void *values;  /* the values, or the gradient of the latent weights; NULL: not wanted */
+    int8_t *codes;
+    const float *scale, *shift;
+    float *to_scale, *to_shift; /* gradients; NULL: not wanted */
+    int dtype, value_dtype;     /* of `numbers` and of `values` */
+    int ttq;                    /* a gradient is multiplied with the scale where the code is not 0 */
+} ternq_latent;
+
+/* Codes: the sign where |w| > 0.7 mean |w| of the group, else 0; with `values` also scale * code +
+ * shift. A group with a weight that is not finite has codes 0 and values NaN. */
+int ternq_ternarize(const ternq_latent *of, int threads);
+
+/* Gradients straight through the rounding: of scale sum g * code, of shift sum g, of weights g. */
+int ternq_descend(const ternq_latent *of, int threads);
 
 /* Runs body(task) in `threads` threads at once and waits; the body shares the work out by an atomic
  * counter, so that it is right whatever number of threads really comes. */
