@@ -42,16 +42,17 @@ class _Piece(NamedTuple):
 def _pieces(weight: Tensor, group_size: int) -> Iterator[_Piece]:
     """A weight ``[out, in]`` in pieces: a short last group apart; rows by what a cache holds.
 
-    A GPU takes all rows at once, as does a weight without numbers, of which memory is counted.
-    Whatever rounds goes by these pieces, so that sums are made in one
-    order and codes are the same to the bit.
+    A GPU takes all rows at once. Of a weight without numbers, of which memory is counted, the first
+    piece will do. Whatever rounds goes by these pieces, so that sums are made in one order and
+    codes are the same to the bit.
     """
     rows, columns = weight.shape
     size = min(group_size, columns)
     full = columns // size
-    in_cache = weight.device.type == "cpu" and not isinstance(weight, FakeTensor)
-    step = max(1, _CACHED // columns) if in_cache else max(1, rows)
+    step = max(1, _CACHED // columns if weight.device.type == "cpu" else rows)
     for first in range(0, rows, step):
+        if first and isinstance(weight, FakeTensor):
+            return
         part = slice(first, first + step)
         yield _Piece(part, slice(0, full * size), slice(0, full), size)
         if rest := columns - full * size:

@@ -1,15 +1,22 @@
-"""What several test files share: one artefact of the demo model, made once."""
+"""What several test files share: the demo's artefact, made once; the C kernels."""
 
 import gc
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
 
+from ternq.kernels import build as builder
+from ternq.kernels import native
+
+ISAS = ("portable", "avx2", "avx512") if platform.machine() == "x86_64" else ("portable", "neon")
 ROOT = Path(__file__).parent.parent
 STEPS = "2"
 
@@ -68,3 +75,24 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     (folder / "notes.txt").write_text((ROOT / "ternq" / "recipe.py").read_text(encoding="utf-8"))
     made = Demo(folder, "").run("python", str(ROOT / "examples" / "python_api.py"))
     return Demo(folder, made.stdout)
+
+
+@pytest.fixture(scope="session")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> native.Native:
+    """The library as installed, or else compiled now."""
+    found, _ = native.load()
+    if found is not None:
+        return found
+    path = tmp_path_factory.mktemp("kernels") / "_native.so"
+    failure = builder.build(path)
+    if failure is not None:
+        pytest.skip(failure)
+    return native.Native(path)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: Any, lib: native.Native) -> Iterator[str]:
+    if not lib.use_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    lib.use_isa(None)

@@ -95,12 +95,52 @@ static void one_table(const char *isa) {
     free(table), free(scale), free(x), free(y);
 }
 
+static void one_latent(const char *isa) {
+    static const int64_t groups_of[] = {1, 7, 16, 64, 100, 128, 5000};
+    int64_t rows = 1 + draw(40), columns = 1 + draw(700), group = groups_of[draw(7)];
+    int64_t groups = (columns + group - 1) / group, size = rows * columns;
+    int dtype = (int)draw(3), value_dtype = (int)draw(3), threads = 1 + (int)draw(5);
+    size_t wide = dtype ? 2 : 4, value_wide = value_dtype ? 2 : 4;
+    uint8_t *numbers = malloc((size_t)size * wide), *values = malloc((size_t)size * value_wide);
+    int8_t *codes = malloc((size_t)size);
+    float *of_groups[4];
+    for (int i = 0; i < 4; i++) of_groups[i] = malloc((size_t)(rows * groups) * 4);
+    for (int64_t i = 0; i < rows * groups; i++) of_groups[0][i] = uniform(), of_groups[1][i] = uniform();
+    for (int64_t i = 0; i < size; i++) { /* 1.0, -1.0, 0.25: exact in all types */
+        static const float drawn[3] = {1.0f, -1.0f, 0.25f};
+        static const uint16_t bf16[3] = {0x3f80, 0xbf80, 0x3e80}, half[3] = {0x3c00, 0xbc00, 0x3400};
+        uint32_t k = draw(3);
+        memcpy(numbers + wide * (size_t)i, dtype == 0 ? (const void *)(drawn + k) : dtype == 1 ? (const void *)(bf16 + k) : half + k, wide);
+    }
+    ternq_latent of = {.rows = rows, .columns = columns, .group = group, .numbers = numbers, .values = draw(3) ? values : NULL,
+                       .codes = codes, .scale = of_groups[0], .shift = draw(2) ? of_groups[1] : NULL,
+                       .dtype = dtype, .value_dtype = value_dtype};
+    if (ternq_ternarize(&of, threads)) fail("status", isa, rows, columns, group);
+    for (int64_t i = 0; i < size; i++)
+        if (codes[i] < -1 || codes[i] > 1) fail("codes", isa, rows, columns, group);
+    of.to_scale = draw(2) ? of_groups[2] : NULL, of.to_shift = draw(2) ? of_groups[3] : NULL;
+    of.ttq = (int)draw(2);
+    if (ternq_descend(&of, threads)) fail("status", isa, rows, columns, group);
+    for (int64_t r = 0; of.to_shift && r < rows; r++) {
+        double sum = 0, whole = 0;
+        for (int64_t c = 0; c < columns; c++) {
+            uint32_t bits = 0;
+            memcpy(&bits, numbers + wide * (size_t)(r * columns + c), wide);
+            sum += bits == 0x3f800000 || bits == 0x3f80 || bits == 0x3c00 ? 1 : bits >> (8 * wide - 1) ? -1 : 0.25;
+        }
+        for (int64_t g = 0; g < groups; g++) whole += of.to_shift[r * groups + g];
+        if (fabs(sum - whole) > 1e-3) fail("sums", isa, rows, columns, group);
+    }
+    free(numbers), free(values), free(codes);
+    for (int i = 0; i < 4; i++) free(of_groups[i]);
+}
+
 int main(int count, char **arguments) {
     static const char *const names[] = {"portable", "avx2", "avx512", "neon"};
     int rounds = count > 1 ? atoi(arguments[1]) : 100;
     for (int i = 0; i < 4; i++) {
         if (ternq_set_isa(names[i])) continue;
-        for (int round = 0; round < rounds; round++) one_round(names[i]), one_table(names[i]);
+        for (int round = 0; round < rounds; round++) one_round(names[i]), one_table(names[i]), one_latent(names[i]);
         printf("%s: %d rounds\n", names[i], rounds);
     }
     return ternq_layout_bytes(INT64_MAX, 1, 1, 0) == TERNQ_BAD && ternq_layout_bytes(1, 0, 1, 0) == TERNQ_BAD ? 0 : 1;

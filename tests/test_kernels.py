@@ -2,17 +2,15 @@
 
 import copy
 import io
-import platform
 import subprocess
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ISAS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,35 +23,13 @@ from ternq.kernels import build as builder
 from ternq.modeling_ternq import DenseHead, Int8Linear, PackedLinear, is_linear
 from ternq.packing import pack_base3
 
-ISAS = ("portable", "avx2", "avx512") if platform.machine() == "x86_64" else ("portable", "neon")
 ERROR = {"exact": 1e-4, "int8": 2e-2}  # root mean square, of normal activations, relative
-
-
-@pytest.fixture(scope="module")
-def lib(tmp_path_factory: pytest.TempPathFactory) -> native.Native:
-    """The library as installed, or else compiled now."""
-    found, _ = native.load()
-    if found is not None:
-        return found
-    path = tmp_path_factory.mktemp("kernels") / "_native.so"
-    failure = builder.build(path)
-    if failure is not None:
-        pytest.skip(failure)
-    return native.Native(path)
 
 
 @pytest.fixture(autouse=True)
 def installed(lib: native.Native, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: (lib, ""))
     monkeypatch.delenv("TERNQ_KERNEL", raising=False)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: Any, lib: native.Native) -> Iterator[str]:
-    if not lib.use_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    lib.use_isa(None)
 
 
 def weight(

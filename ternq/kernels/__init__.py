@@ -76,7 +76,10 @@ def library() -> native.Native | None:
     if found is None and not _warned:
         _warned = True
         mend = "" if LIBRARY.is_file() else " With a C compiler at hand, install ternq again."
-        said = f"ternq's CPU kernels are missing ({why}): packed layers run unpacked, and slower."
+        said = (
+            f"ternq's CPU kernels are missing ({why}): packed layers run unpacked, and training "
+            "rounds by torch; both are slower."
+        )
         warnings.warn(said + mend, stacklevel=2)
     return found
 
