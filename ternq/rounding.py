@@ -141,8 +141,10 @@ def rounded(
     The value is computed in float32 and rounded once. The weight is read once from memory.
     """
     with torch.no_grad():
-        if (native := _native(weight)) and dtype in DTYPES:
-            return native.rounded(weight, scale, shift, group_size, dtype)
+        if native := _native(weight):
+            made = dtype if dtype in DTYPES else torch.float32
+            value, codes = native.rounded(weight, scale, shift, group_size, made)
+            return value.to(dtype), codes
         run = _compiled(_rounded) if fuses(weight.device) else _rounded
         found: tuple[Tensor, Tensor] = run(weight, scale, shift, group_size, dtype)
         return found
