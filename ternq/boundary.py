@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -304,7 +304,8 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
         quiet=session.quiet, plain=flags["no_progress"], silent=not processes.is_main()
     )
     try:
-        result = verb(**given, progress=display)
+        with _unheard() if session.json and session.quiet else contextlib.nullcontext():
+            result = verb(**given, progress=display)
     finally:
         display.close()
         stop.restore()
@@ -314,6 +315,14 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
         **{k: v for k, v in result.items() if v is not None or k not in known},
     }
     session.finished = True
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """What is written to stdout is dropped: text that is streamed is in the JSON object, too."""
+    nowhere = Path(os.devnull).open("w", encoding="utf-8")
+    with nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def default_out(model: str, format: str | None = None) -> Path:

@@ -221,6 +221,17 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
         asked("no such model", **options)
 
 
+def test_text_is_streamed_beside_the_json_unless_quiet(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(llama), "hi", "--max-new-tokens", "5", "--json"]
+    for options, streamed in (([], True), (["-q"], False)):
+        assert cli.run([*command, *options]) == 0
+        found = capsys.readouterr()
+        assert (json.loads(found.out)["text"] in found.err) == streamed
+        assert streamed or not found.err
+
+
 def test_a_plan_writes_nothing(
     llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
