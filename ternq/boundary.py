@@ -320,8 +320,10 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
 @contextlib.contextmanager
 def _unheard() -> Iterator[None]:
     """What is written to stdout is dropped: text that is streamed is in the JSON object, too."""
-    nowhere = Path(os.devnull).open("w", encoding="utf-8")
-    with nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
         yield
 
 
