@@ -33,7 +33,10 @@ def products(settings: Training, device: torch.device | str) -> torch.autocast:
 
 def with_products(settings: Training, device: str) -> tuple[Training, list[str]]:
     """The settings with a type of products, and what is to be said of it."""
-    own = has_bf16(torch.device(device))
+    try:
+        own = has_bf16(torch.device(device))
+    except RuntimeError:  # no device of torch's: whoever loads the model says so
+        return settings, []
     if settings.dtype is None:
         return replace(settings, dtype="bfloat16" if own else "float32"), []
     slow = settings.dtype == "bfloat16" and not own
