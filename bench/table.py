@@ -117,6 +117,7 @@ def make(row: Row) -> float:
     """Run the commands of a row, or go on with them; seconds that they took, over all tries."""
     if row.out is None:
         return 0.0
+    earlier = make(row.after) if row.after else 0.0
     spent = row.out.with_name(row.out.name + ".seconds")
     before = float(spent.read_text()) if spent.exists() else 0.0
     if not row.out.exists():
@@ -127,7 +128,7 @@ def make(row: Row) -> float:
             spent.write_text(str(before + time.monotonic() - began))
             if done.returncode:
                 raise RuntimeError(f"{row.name}: {json.loads(done.stdout)['error']}")
-    return float(spent.read_text()) + (make(row.after) if row.after else 0.0)
+    return float(spent.read_text()) + earlier
 
 
 def perplexities(model: str, jobs: list[Job], args: argparse.Namespace) -> dict[str, Any]:
@@ -277,6 +278,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="In which perplexity is measured.")
     args = parser.parse_args()
     args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
     path = origin.local_path(args.model)
     files = sorted(path.glob("*.safetensors")) if path and path.is_dir() else [path]
     hashes = [sha256(file) for file in files if file]

@@ -29,6 +29,8 @@ from ternq.request import (
     provenance,
     recipe_of,
     refuse_without_plan,
+    replayed,
+    seed_of,
     standard_input,
     warn_of_gates,
     where,
@@ -295,6 +297,8 @@ def pack(
     plan: options.RarePlan = False,
     seed: options.UnusedSeed = None,
     device: options.UnusedDevice = None,
+    dtype: options.UnusedDtype = None,
+    recipe: options.UnusedRecipe = None,
     *,
     progress: Progress,
     **settings: Any,
@@ -302,8 +306,12 @@ def pack(
     """Pack what is ternary for from_pretrained or another program, and prove it."""
     if model is None and verify is None:
         raise UsageMistake("Name a MODEL to pack, or --verify DIR.", "See ternq pack --help.")
-    if device not in (None, "cpu"):
-        progress(Event("pack", "Packing computes on the CPU, whatever --device says"))
+    if recipe is not None:
+        replayed(recipe)  # a file that is no recipe is refused here, too
+    unused = {"--device": device not in (None, "cpu"), "--dtype": dtype, "--recipe": recipe}
+    for name in (name for name, given in unused.items() if given):
+        said = f"{name} changes nothing: packing computes on the CPU, by what MODEL says of itself"
+        progress(Event("pack", said))
     offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options
     from ternq.pack import pack as verb
@@ -405,6 +413,7 @@ def evaluate(
     ] = False,
     int8_activations: options.Int8Activations = False,
     plan: options.RarePlan = False,
+    recipe: options.SeedFile = None,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -413,6 +422,7 @@ def evaluate(
     **settings: Any,
 ) -> Payload:
     """Measure models: perplexities and lm-eval tasks."""
+    drawn = seed_of(seed, recipe)
     gates = gates_of(settings)
     names = names_in(tasks) or ("wikitext",)
     warn_of_gates(gates, names, progress, baseline is not None)
@@ -435,7 +445,7 @@ def evaluate(
         chat=apply_chat_template,
         data_dir=data_dir,
         int8_activations=int8_activations,
-        seed=seed or 0,
+        seed=drawn,
         dtype=dtype_of(dtype),
         cache=None if no_cache else default_folder(),
         samples=settings["html"] is not None,
@@ -445,7 +455,7 @@ def evaluate(
     )
     judged = [] if plan else [row for name in models for row in judge(gates, name, result)]
     shown = models[0] if len(models) == 1 else models
-    return {"seed": seed or 0, **result, "model": shown, "gates": judged}
+    return {"seed": drawn, **result, "model": shown, "gates": judged}
 
 
 @command(
@@ -484,6 +494,7 @@ def generate(
     ] = 1.0,
     int8_activations: options.Int8Activations = False,
     plan: options.RarePlan = False,
+    recipe: options.SeedFile = None,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -492,6 +503,7 @@ def generate(
     **settings: Any,
 ) -> Payload:
     """Write text after PROMPT, streamed; then tell speed and memory."""
+    drawn = seed_of(seed, recipe)
     from ternq.generate import generate as verb
 
     return verb(
@@ -504,13 +516,13 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         int8_activations=int8_activations,
-        seed=seed or 0,
+        seed=drawn,
         dtype=dtype_of(dtype),
         plan=plan,
         write=_write,
         progress=progress,
         **where(device, settings),
-    ) | {"seed": seed or 0}
+    ) | {"seed": drawn}
 
 
 def _write(text: str) -> None:

@@ -167,6 +167,10 @@ RecipeFile = Annotated[
     Path | None,
     option("--recipe", metavar="FILE", help="Replay a recipe (JSON); flags override it."),
 ]
+SeedFile = Annotated[
+    Path | None,
+    option("--recipe", metavar="FILE", hidden=True, help="Take the seed of a recipe."),
+]
 TimeLimit = Annotated[
     float | None,
     option(
@@ -273,6 +277,14 @@ UnusedSeed = Annotated[
 UnusedDevice = Annotated[
     str | None,
     option("--device", metavar="NAME", hidden=True, help="For scripts: packing is the CPU's."),
+]
+UnusedDtype = Annotated[
+    str | None,
+    option("--dtype", metavar="NAME", hidden=True, help="For scripts: packing is exact."),
+]
+UnusedRecipe = Annotated[
+    Path | None,
+    option("--recipe", metavar="FILE", hidden=True, help="For scripts: MODEL has its own."),
 ]
 Seed = Annotated[
     int | None,

@@ -45,7 +45,7 @@ def reconstruct(
 ) -> tuple[float, float]:
     """Train a block on ``calls`` towards ``targets``, a step a call; distances before and after.
 
-    ``settings`` has epochs and rate; ``check`` is called before every epoch and may stop the work
+    ``settings`` has epochs and rate; ``check`` is called before every step and may stop the work
     by raising. A block that did not come nearer is put back to where it began.
     """
     before = mean_distance(block, calls, targets, autocast)
@@ -68,8 +68,8 @@ def reconstruct(
     steps = settings.passes * len(calls)
     with torch.enable_grad():
         for step in range(steps):
+            check()
             if step % len(calls) == 0:
-                check()
                 order = torch.randperm(len(calls), generator=generator).tolist()
             at = order[step % len(calls)]
             with autocast:

@@ -54,10 +54,7 @@ def recipe_of(
     """
     base = default_recipe(model)
     if file:
-        from ternq.files import read_json
-
-        found = read_json(file)
-        base = Recipe.from_json(found.get("recipe", found))
+        base = replayed(file)
     own, chosen, training = _of(Training, settings), PRESETS.get(preset, {}), base.training
     if own.keys() & {"tokens", "steps"}:
         chosen = {name: value for name, value in chosen.items() if name != "tokens"}
@@ -69,6 +66,22 @@ def recipe_of(
     made = Recipe(model=model, scheme=scheme, training=merge(training, chosen | own), seed=seed)
     refuse_preset(made, preset)
     return untrained(made) if rounds else made
+
+
+def replayed(file: Path) -> Recipe:
+    """The recipe in a file of its own, or in what a run or an artefact says of itself."""
+    from ternq.files import read_json
+
+    found = read_json(file)
+    return Recipe.from_json(found.get("recipe", found))
+
+
+def seed_of(seed: int | None, file: Path | None) -> int:
+    """The seed that was given, or that of ``--recipe``, or 0."""
+    if file is not None:
+        recipe = replayed(file)
+        seed = recipe.seed if seed is None else seed
+    return seed or 0
 
 
 def _of(part: Any, settings: Payload) -> Payload:

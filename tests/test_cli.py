@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,25 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     wrong += ("pack --verify x --plan",)
     for line in (*wrong, "pack --verify x --skip y", "pack --verify x --format mlx"):
         assert run(line) == 2
+
+
+@pytest.mark.parametrize("line", ["eval demo", "generate demo x", "pack run"])
+def test_a_recipe_is_taken_by_every_command(
+    fake: Callable[..., Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    """What of it concerns them is the seed; packing draws nothing, and says so."""
+    verb = fake(line.split()[0])
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(replace(default_recipe("demo"), seed=5).to_json()))
+    assert run(f"{line} --recipe {file} --dtype float32") == 0
+    assert verb.options.get("seed", "none") == (5 if line[0] != "p" else "none")
+    said = capsys.readouterr().err
+    assert ("--recipe changes nothing" in said) == ("--dtype changes nothing" in said)
+    assert ("--recipe changes nothing" in said) == line.startswith("pack")
+    assert run(f"{line} --recipe {file} --seed 0") == 0
+    assert not verb.options.get("seed")
+    file.write_text("[]")
+    assert run(f"{line} --recipe {file}") == 3
 
 
 def test_eval_options(fake: Callable[..., Fake]) -> None:

@@ -270,23 +270,32 @@ def test_one_block_is_in_memory_at_once(
     assert left == [0] * len(left)
 
 
-@pytest.mark.parametrize("stops", [pytest.param(5, marks=slow), 14, pytest.param(19, marks=slow)])
+@pytest.mark.parametrize(
+    ("made", "stage"),
+    [
+        pytest.param(0, "rounding", marks=slow),
+        (1, "training"),
+        pytest.param(1, "rounding", marks=slow),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    stops: int, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: int, stage: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stopped while a block is rounded, or at the third step of its training."""
     recipe = by_blocks(source, text)
     whole = ternarize(str(source), tmp_path / "whole", recipe, offline=True)
-    polls = 0
+    stages = {"rounding": 3, "training": 1 + 7 + 3}  # of the checks: block, layers, steps
+    blocks, polls = tmp_path / "parts.run" / runs.BLOCKS, 0
 
     def requested() -> str | None:
         nonlocal polls
-        polls += 1
-        return "SIGTERM" if polls == stops else None
+        polls += len(list(blocks.glob("*"))) == made
+        return "SIGTERM" if polls == stages[stage] else None
 
     monkeypatch.setattr(stop, "requested", requested)
-    with pytest.raises(StoppedError, match=r"before block [12] of 2 \(SIGTERM\)"):
+    with pytest.raises(StoppedError, match=rf"before block {made + 1} of 2 \(SIGTERM\)"):
         ternarize(str(source), tmp_path / "parts", recipe, offline=True)
-    assert len(list((tmp_path / "parts.run" / runs.BLOCKS).glob("*"))) == (stops > 12)
+    assert len(list(blocks.glob("*"))) == made
     parts = ternarize(str(source), tmp_path / "parts", recipe, offline=True)
     one, other = (tmp_path / n / checkpoint.TENSORS for n in ("whole", "parts"))
     assert one.read_bytes() == other.read_bytes()
