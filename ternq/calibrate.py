@@ -9,7 +9,7 @@ read one tensor.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -217,8 +217,8 @@ def start_block(
     """
     use_latent(layers)
     for stage in stages(block, layers, calls[0], autocast):
-        hessian = _hessian(block, stage[0][1], calls, autocast)
-        for name, layer in stage:
+        hessian = _hessian(block, stage, calls, autocast)
+        for name, layer in stage.layers:
             try:
                 done.add(name, (rounding or _start)(layer, hessian))
             except ValueError as error:
@@ -276,13 +276,30 @@ def use(layer: Layer, weight: Tensor | None) -> None:
         vars(layer)["forward"] = lambda x: F.linear(x, fixed.to(x.dtype), bias)
 
 
+@dataclass
+class Stage:
+    """Layers that read the same tensor, and how often a block calls the first of them."""
+
+    layers: list[tuple[str, Layer]]
+    calls: int = 0
+
+    @property
+    def reader(self) -> Layer:
+        """The first layer, whose inputs are those of all."""
+        return self.layers[0][1]
+
+
+class _Seen(Exception):
+    """Ends a block's forward pass, of which no more is wanted."""
+
+
 def stages(
     block: nn.Module,
     layers: Mapping[str, Layer],
     call: Call,
     autocast: AbstractContextManager[Any],
-) -> list[list[tuple[str, Layer]]]:
-    """Layers that read the same tensor, in the order of their calls; last each never called."""
+) -> list[Stage]:
+    """The stages of a block, in the order of their calls; last each layer that is never called."""
     seen: list[tuple[str, Tensor]] = []  # tensors are held, so that none takes another's place
     with ExitStack() as hooks:
         for name, layer in layers.items():
@@ -293,36 +310,46 @@ def stages(
             hooks.callback(layer.register_forward_pre_hook(see).remove)
         with autocast:
             call.run(block)
-    stages: list[list[tuple[str, Layer]]] = []
+    stages: list[Stage] = []
     left, last = dict(layers), None
+    times = Counter(name for name, _ in seen)
     for name, tensor in seen:
         if name in left:
             if tensor is not last:
-                stages.append([])
-            stages[-1].append((name, left.pop(name)))
+                stages.append(Stage([], times[name]))
+            stages[-1].layers.append((name, left.pop(name)))
             last = tensor
-    return stages + [[pair] for pair in left.items()]
+    return stages + [Stage([pair]) for pair in left.items()]
 
 
 def _hessian(
-    block: nn.Module, layer: Layer, calls: list[Call], autocast: AbstractContextManager[Any]
+    block: nn.Module, stage: Stage, calls: list[Call], autocast: AbstractContextManager[Any]
 ) -> Tensor:
-    """``2 / n * X'X`` of the inputs of a layer, float32 ``[in, in]``; 0 if it is not called."""
+    """``2 / n * X'X`` of the inputs of a stage, float32 ``[in, in]``; 0 if it is not called.
+
+    Of the block no more is run than what comes before the stage.
+    """
+    layer = stage.reader
     found = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-    count = 0
+    count = left = 0
 
     def take(module: Any, args: Any) -> None:
-        nonlocal count
+        nonlocal count, left
         x = args[0].flatten(0, -2).float()
         count += len(x)
         with torch.autocast(x.device.type, enabled=False):
             found.addmm_(x.t(), x)
+        left -= 1
+        if not left:
+            raise _Seen
 
     handle = layer.register_forward_pre_hook(take)
     try:
         with autocast:
             for call in calls:
-                call.run(block)
+                left = stage.calls
+                with suppress(_Seen):
+                    call.run(block)
     finally:
         handle.remove()
     return found.mul_(2 / max(1, count))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import absmean, billm, grid, processes, rounding, ternary
+from ternq import absmean, billm, grid, processes, rounding, softened, ternary
 from ternq.errors import InputError, RecipeError
 from ternq.modeling_ternq import PackedLinear, features, is_linear
 from ternq.recipe import NOT_TERNARY, Scheme, Ste
@@ -29,6 +29,7 @@ class TernaryLinear(nn.Linear):
     """
 
     once: "Once | None" = None  # while one rounding serves several forward passes
+    hardness: float | None = None  # while rounding is softened
     weight_shift: nn.Parameter | None
     bias: nn.Parameter | None  # type: ignore[assignment]  # as nn.Linear has it without a bias
 
@@ -93,9 +94,11 @@ class TernaryLinear(nn.Linear):
         dtype = compute_dtype(input)
         if self.once is not None:
             return F.linear(input, self.once.value(dtype), self.bias)
-        weight = rounding.fake_quantize(
-            self.weight, self.weight_scale, self.weight_shift, self.group_size, self.ste, dtype
-        )
+        learned = self.weight, self.weight_scale, self.weight_shift
+        if self.hardness is not None:
+            weight = softened.soften(*learned, self.group_size, self.hardness, dtype)
+        else:
+            weight = rounding.fake_quantize(*learned, self.group_size, self.ste, dtype)
         return F.linear(input, weight, self.bias)
 
     def codes(self) -> Tensor:

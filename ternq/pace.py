@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 SAVING = 200e6  # bytes a second that a checkpoint is written, read back and compared at
 TEXTS = 2 * len(PROMPTS[""]) * TOKENS  # tokens that teacher and student write for the report
-WALKS = 4  # passes of a whole model that a start over its text is worth; 2.7 to 3.5 in bf16
+WALKS = 3  # passes of a whole model that a start over its text is worth; about two in bf16
 SOME = 1024  # rows and columns of a layer that is rounded to know how long all take
 PASSES = 3  # over the held-out text: teacher, untrained and packed student
 
@@ -144,8 +144,8 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
     shapes = [tuple(layer.weight.shape) for layer in layers.values()]
     product = _product(device)
     found = stages(block, layers, call, autocast)  # each has one Hessian
-    moments = sum(ids.numel() * stage[0][1].in_features ** 2 for stage in found) * product
-    passes = len(found) + 2  # the dense block's, the finished one's
+    moments = sum(ids.numel() * stage.reader.in_features**2 for stage in found) * product
+    passes = len(found) / 2 + 2  # up to each stage; the dense block's, the finished one's
     seconds = closed_form + _rounding(shapes, scheme, device) + count * (passes * dense + moments)
     if settings.passes:
         once = replace(settings, reconstruction_epochs=1)

@@ -113,6 +113,9 @@ class Training:
     calibration: int = option(64, "Blocks of text for a start that is not the closed form.")
     reconstruction_epochs: int = option(5, "Passes over that text in which a block is trained.")
     reconstruction_lr: float = option(1e-3, "Peak learning rate of a block trained by itself.")
+    reconstruction_softened: float = option(
+        0.0, "Share of a block's steps with CAT-Q's softened rounding, which hardens."
+    )
     block_by_block: bool = option(
         False, "Only compensate and reconstruct, one block at a time from disk, in little memory."
     )
@@ -204,8 +207,9 @@ class Training:
         return GENTLE_LR if fitting and self.train == "all" else USUAL_LR
 
     def _check_schedule(self) -> None:
-        if not 0 <= self.decay_until <= 1:
-            raise RecipeError(f"--decay-until is {self.decay_until}; it is a share, 0 to 1.")
+        for name in ("decay_until", "reconstruction_softened"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{flag(name)} is {getattr(self, name)}; it is a share, 0 to 1.")
         if self.lr_second is not None and self.lr == 0:
             raise RecipeError("--lr-second is a second peak of a rate that --lr 0 switches off.")
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ternq.blocks import Call
-from ternq.linear import rounded_once
+from ternq.linear import rounded_once, ternary_layers
 from ternq.losses import off
 from ternq.optimize import optimizer, set_rate
 from ternq.recipe import Training
+from ternq.softened import hardness
 
 
 def distance(output: Tensor, target: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ def reconstruct(
     )
     learned = optimizer(block, settings)
     parameters = [p for group in learned.param_groups for p in group["params"]]
+    layers = ternary_layers(block).values()
     generator = torch.Generator().manual_seed(seed)
     began = [p.detach().clone() for p in parameters]
     order: list[int] = []
@@ -72,6 +74,8 @@ def reconstruct(
             if step % len(calls) == 0:
                 order = torch.randperm(len(calls), generator=generator).tolist()
             at = order[step % len(calls)]
+            for layer in layers:
+                layer.hardness = hardness(step, steps, settings)
             with autocast:
                 output = calls[at].run(block)
             loss: Any = distance(output, targets[at])
@@ -81,6 +85,8 @@ def reconstruct(
             set_rate(learned, step, steps, settings)
             learned.step()
             learned.zero_grad()
+    for layer in layers:
+        layer.hardness = None
     after = mean_distance(block, calls, targets, autocast)
     if not after < before:
         for parameter, value in zip(parameters, began, strict=True):

@@ -21,7 +21,7 @@ _CACHED = 2**18  # weights rounded in one go: what a core's cache holds from pas
 THRESHOLD = 0.7  # of the group's mean absolute value: TWN's rule
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Rows of a weight, and consecutive groups of them that have one size."""
 
     rows: slice
@@ -39,7 +39,7 @@ class _Piece(NamedTuple):
         return values[self.rows, self.groups].unsqueeze(2)
 
 
-def _pieces(weight: Tensor, group_size: int) -> Iterator[_Piece]:
+def pieces(weight: Tensor, group_size: int) -> Iterator[Piece]:
     """A weight ``[out, in]`` in pieces: a short last group apart; rows by what a cache holds.
 
     A GPU takes all rows at once. Of a weight without numbers, of which memory is counted, the first
@@ -54,9 +54,9 @@ def _pieces(weight: Tensor, group_size: int) -> Iterator[_Piece]:
         if first and isinstance(weight, FakeTensor):
             return
         part = slice(first, first + step)
-        yield _Piece(part, slice(0, full * size), slice(0, full), size)
+        yield Piece(part, slice(0, full * size), slice(0, full), size)
         if rest := columns - full * size:
-            yield _Piece(part, slice(full * size, columns), slice(full, full + 1), rest)
+            yield Piece(part, slice(full * size, columns), slice(full, full + 1), rest)
 
 
 def _codes(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def quantize(weight: Tensor, group_size: int) -> Tensor:
     if native := _native(weight):
         return native.quantize(weight, group_size)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for piece in _pieces(weight, group_size):
+    for piece in pieces(weight, group_size):
         piece.of(codes).copy_(_codes(piece.of(weight).float())[0])
     return codes
 
@@ -92,7 +92,7 @@ def _rounded(
 ) -> tuple[Tensor, Tensor]:
     values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for piece in _pieces(weight, group_size):
+    for piece in pieces(weight, group_size):
         own, threshold = _codes(piece.of(weight).float())
         piece.of(codes).copy_(own)
         # A weight that is not finite has no code; its group becomes NaN, for the loss to tell.
@@ -165,7 +165,7 @@ def _gradients(
         to_weight = gradient if as_it_is else torch.empty_like(gradient, dtype=dtype)
     to_scale = torch.empty_like(scale) if wanted[1] else None
     to_shift = torch.empty_like(scale) if wanted[2] else None
-    for piece in _pieces(gradient, group_size):
+    for piece in pieces(gradient, group_size):
         into = None if to_weight is None or to_weight is gradient else piece.of(to_weight)
         if into is not None and into.dtype == torch.float32:
             g = into.copy_(piece.of(gradient))

@@ -233,7 +233,8 @@ def bytes_needed(skeleton: Any, training: Training) -> int:
     widest = max((columns for columns, _ in linears), default=config.hidden_size)
     largest = max((columns * rows for columns, rows in linears), default=0)
     rounding = 2 * 4 * block + (4 + 4 * 8) * widest**2 + 5 * 4 * largest
-    reconstruction = (4 + 4 + 2 * 4 + 4 + 4) * block + 6 * 4 * largest
+    softened = 2 * 4 if training.reconstruction_softened else 0
+    reconstruction = (4 + 4 + 2 * 4 + 4 + 4 + softened) * block + 6 * 4 * largest
     tokens = training.calibration * training.sequence_length
     activations = (2 * 2 + 3) * 4 * tokens * config.hidden_size  # in and out, of both; held out
     inside = training.sequence_length * 4 * (16 * config.hidden_size + 8 * widest)

@@ -112,6 +112,17 @@ def test_each_layer_is_rounded_for_what_the_ones_before_it_give(
         assert torch.allclose(found[0], 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
 
 
+def test_no_more_of_a_block_is_run_than_comes_before_a_stage() -> None:
+    """Inputs of q, k, v, then o, then gate and up are had without the activation behind them."""
+    _, _, student = students("llama")
+    calls: list[nn.Module] = []
+    for block in decoder_blocks(student)[1]:
+        block.mlp.act_fn.register_forward_hook(lambda module, *_: calls.append(module))
+    compensated_start(student, ids(), rows=5)
+    wanted = 1 + 2 + 2  # in what order layers are called; for down; what the finished block gives
+    assert len(calls) == 2 * wanted + 1  # the first block is run once more to see what it returns
+
+
 def test_scales_are_those_of_the_rounding_and_skipped_layers_stay() -> None:
     scheme = Scheme(group_size=16, shift=False, skip=("*.o_proj",))
     dense, plain, student = students("llama", scheme)
