@@ -66,7 +66,8 @@ def _folders() -> frozenset[str]:
     """lm-eval's folders of tasks, without importing it."""
     found = importlib.util.find_spec("lm_eval")
     places = found.submodule_search_locations or () if found else ()
-    return frozenset(p.name for place in places for p in Path(place, "tasks").iterdir())
+    inside = (path for place in places for path in Path(place, "tasks").iterdir())
+    return frozenset(path.name for path in inside if path.is_dir())
 
 
 def _of_lm_eval(name: str) -> bool:

@@ -152,6 +152,17 @@ def test_local_text(tmp_path: Path) -> None:
     assert (part["samples"], part["partial"]) == (2, True)
 
 
+def test_a_file_that_is_no_text_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's folder of tasks holds a README.md as well."""
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("words")
+    with pytest.raises(InputError, match=r"README\.md.*text") as caught:
+        evaluate([tiny.loaded()], tasks=["README.md"], offline=True)
+    assert ".txt, .jsonl or .parquet" in str(caught.value.hint)
+
+
 def test_numbers_are_those_of_lm_eval(data_dir: Path, tmp_path: Path) -> None:
     """Oracle: `lm_eval.simple_evaluate` on the same model, its tasks moved by its own YAML."""
     import lm_eval
