@@ -11,6 +11,7 @@ is the latent weight over twice its group's threshold (so that large s gives the
 `ternq.rounding.quantize`), and where hardness begins (docs/method.md).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def codes(relative: Tensor, hardness: float) -> tuple[Tensor, Tensor]:
     """``f(u; s, 1/2)`` of any tensor u, and its derivative."""
     below = torch.tanh((relative - 0.5) * hardness)
     above = torch.tanh((relative + 0.5) * hardness)
-    whole = 2 * torch.tanh(torch.tensor(hardness)).item()
+    whole = 2 * math.tanh(hardness)
     slope = (2 - below.square() - above.square()).mul_(hardness / whole)
     return below.add_(above).div_(whole), slope
 
