@@ -184,17 +184,18 @@ def zero_shot(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     model = args.model if row.out is None else str(row.out)
     tasks = tuple(args.zero_shot.split(","))
     found = evaluate([model], tasks=tasks, limit=args.limit, data_dir=args.data_dir,
-                     device=args.device, offline=True)  # fmt: skip
+                     device=args.device, dtype=getattr(torch, args.dtype),
+                     offline=True)  # fmt: skip
     return {"kind": "zero-shot", "name": row.name, "key": row.key, "inputs": args.inputs,
-            "blocks": [args.zero_shot, args.limit], "results": found["results"][model]}  # fmt: skip
+            "blocks": [args.zero_shot, args.limit], "dtype": args.dtype,
+            "results": found["results"][model]}  # fmt: skip
 
 
 def kept(args: argparse.Namespace, kind: str, row: Row) -> dict[str, Any] | None:
     """The line of the file that stands for a row."""
     blocks = args.blocks if kind == "perplexity" else [args.zero_shot, args.limit]
-    same = {"kind": kind, "key": row.key, "inputs": args.inputs, "blocks": blocks}
-    if kind == "perplexity":
-        same["dtype"] = args.dtype
+    same = {"kind": kind, "key": row.key, "inputs": args.inputs, "blocks": blocks,
+            "dtype": args.dtype}  # fmt: skip
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     found = [line for line in map(json.loads, lines) if same.items() <= line.items()]
     return found[-1] if found else None
@@ -275,7 +276,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--zero-shot", help="Tasks of lm-eval, with commas.")
     parser.add_argument("--limit", type=int, help="Documents of each; partial.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="In which perplexity is measured.")
+    parser.add_argument("--dtype", default="float32", help="In which rows are measured.")
     args = parser.parse_args()
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
