@@ -111,7 +111,8 @@ def prepare_run(
     recipe = replace(recipe, base=states.fingerprint(base.model), version=ternq.__version__)
     taught = "" if big is None else recipe.base if big is base else states.fingerprint(big.model)
     writer = big or student
-    specs, note = text_of(writer, recipe.training.data, record, offline)
+    asked = recipe.training.data
+    specs, note = text_of(writer, asked, record, offline, _text_before(base))
     notes += [note] if note else []
     if recipe.training.cache_teacher and recipe.training.off:
         notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
@@ -142,12 +143,27 @@ def refuse_own_code(base: hf.Loaded) -> None:
 
 
 def text_of(
-    writer: hf.Loaded, asked: tuple[str, ...], record: dict[str, Any] | None, offline: bool
+    writer: hf.Loaded,
+    asked: tuple[str, ...],
+    record: dict[str, Any] | None,
+    offline: bool,
+    before: tuple[str, ...] = (),
 ) -> tuple[tuple[str, ...], str | None]:
-    """The text to train on, and what is to be said of it; of a run that was begun, as it was."""
+    """The text to train on, and what is to be said of it; of a run that was begun, as it was.
+
+    ``before`` is the text of the run that this one goes on from, if there is one.
+    """
     if record is not None and not asked:
         return tuple(record.get("data", ())), None
+    if before and not asked:
+        return before, f"Text: that of the run, {', '.join(before)} (no --data was given)."
     return processes.from_main(lambda: corpora.choose(writer, asked, offline))
+
+
+def _text_before(base: hf.Loaded) -> tuple[str, ...]:
+    """The text of the run that a training goes on from; nothing where it has none by name."""
+    found = origin.read_run(base.path).get("data") if base.kind == "run" and base.path else ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def fitting(

@@ -296,15 +296,16 @@ def test_training_reads_on_behind_the_text_of_the_calibration(
     recipe = checkpoints.recipe(source, text)
     made = replace(recipe, training=training(text, "compensated"))
     distill.distill(str(source), tmp_path / "first", made, offline=True)
-    again = replace(recipe, training=training(text, "closed-form"))
+    again = replace(recipe, training=replace(training(text, "closed-form"), data=()))
     said = distill.distill(str(tmp_path / "first"), tmp_path / "second", again, offline=True)
     other = replace(again, training=replace(again.training, sequence_length=8))
     distill.distill(str(tmp_path / "first"), tmp_path / "other", other, offline=True)
 
-    stream = prepare_run(str(source), again, offline=True).corpus.blocks
+    stream = prepare_run(str(source), made, offline=True).corpus.blocks
     whole = [next(stream) for _ in range(6 + 4 * 4)]  # calibration, then 4 steps of 4 blocks
     assert torch.equal(torch.cat(read[:4]), torch.stack(whole[6:]))
     assert "Text: goes on behind the 14 blocks that the model has been trained on." in said["notes"]
+    assert f"Text: that of the run, {text} (no --data was given)." in said["notes"]
     assert torch.equal(read[4][0], whole[0][:8])  # of other blocks nothing was read yet
     rates = [
         checkpoint.read_json(tmp_path / name / origin.RUN_FILE)["recipe"]["training"]["lr"]
