@@ -198,6 +198,19 @@ def rounded_once(model: nn.Module) -> Iterator[None]:
             once.close()
 
 
+@contextmanager
+def rounded_softly(model: nn.Module, hardness: float | None) -> Iterator[None]:
+    """While open, weights are those of `ternq.softened.soften`; None: rounded as always."""
+    layers = ternary_layers(model).values()
+    for layer in layers:
+        layer.hardness = hardness
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.hardness = None
+
+
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The type in which a product with ``input`` is made: autocast's where it is on, or its own."""
     kind = input.device.type

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq.blocks import Call
-from ternq.linear import rounded_once, ternary_layers
+from ternq.linear import rounded_once, rounded_softly
 from ternq.losses import off
 from ternq.optimize import optimizer, set_rate
 from ternq.recipe import Training
@@ -63,7 +63,6 @@ def reconstruct(
     )
     learned = optimizer(block, settings)
     parameters = [p for group in learned.param_groups for p in group["params"]]
-    layers = ternary_layers(block).values()
     generator = torch.Generator().manual_seed(seed)
     began = [p.detach().clone() for p in parameters]
     order: list[int] = []
@@ -74,9 +73,7 @@ def reconstruct(
             if step % len(calls) == 0:
                 order = torch.randperm(len(calls), generator=generator).tolist()
             at = order[step % len(calls)]
-            for layer in layers:
-                layer.hardness = hardness(step, steps, settings)
-            with autocast:
+            with rounded_softly(block, hardness(step, steps, settings)), autocast:
                 output = calls[at].run(block)
             loss: Any = distance(output, targets[at])
             loss.backward()
@@ -85,8 +82,6 @@ def reconstruct(
             set_rate(learned, step, steps, settings)
             learned.step()
             learned.zero_grad()
-    for layer in layers:
-        layer.hardness = None
     after = mean_distance(block, calls, targets, autocast)
     if not after < before:
         for parameter, value in zip(parameters, began, strict=True):
