@@ -309,9 +309,10 @@ def pack(
     if recipe is not None:
         replayed(recipe)  # a file that is no recipe is refused here, too
     unused = {"--device": device not in (None, "cpu"), "--dtype": dtype, "--recipe": recipe}
-    for name in (name for name, given in unused.items() if given):
-        said = f"{name} changes nothing: packing computes on the CPU, by what MODEL says of itself"
-        progress(Event("pack", said))
+    for name, given in unused.items():
+        if given:
+            said = "packing computes on the CPU, by what MODEL says of itself"
+            progress(Event("pack", f"{name} changes nothing: {said}"))
     offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options
     from ternq.pack import pack as verb

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 SAVING = 200e6  # bytes a second that a checkpoint is written, read back and compared at
 TEXTS = 2 * len(PROMPTS[""]) * TOKENS  # tokens that teacher and student write for the report
-WALKS = 3  # passes of a whole model that a start over its text is worth; about two in bf16
+WALKS = 3  # passes of a model that a start over its text is worth; too many rather than too few
 SOME = 1024  # rows and columns of a layer that is rounded to know how long all take
 PASSES = 3  # over the held-out text: teacher, untrained and packed student
 
