@@ -1,109 +1,228 @@
-"""What each part of the method is worth, on the demo model: one change at a time.
+"""What each part of the method is worth: one thing changed at a time, on the demo or another model.
 
-    python bench/ablation.py --out ablation.jsonl            # every variant, about a minute each
-    python bench/ablation.py --out ablation.jsonl --only lr  # those whose name begins with "lr"
+    python bench/ablation.py --out ablation.jsonl --seeds 0 1 2
+    python bench/ablation.py --out ablation.jsonl --only "lr" "no shift"   # names that begin so
+    python bench/ablation.py --out ablation.jsonl --table                  # what stands there
 
 The judge is the development text, which neither the teacher nor any student was trained on; the
-held-out text is left for the result. A variant that stands in the file already is not run again.
+held-out text is left for the result. Variants are made by the demo's settings and one change. What
+stands in the file already is not run again. With one seed the text comes in one order, whatever
+the variant, so that variants are compared seed by seed.
 """
 
 import argparse
 import copy
 import json
+import statistics
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from variants import (
+    instead,
+    last_feature,
+    mean_scale,
+    seq,
+    seq_codes,
+    seq_scale,
+    squared_features,
+    tequila_forward,
+    threshold,
+)
 
-from ternq import data, hf, outlines
-from ternq.linear import prepare
+from ternq import corpus, data, hf, outlines
+from ternq.calibrate import compensated_start
+from ternq.linear import prepare, ternary_layers
 from ternq.perplexity import token_perplexity
+from ternq.precision import products
 from ternq.progress import ignore
-from ternq.recipe import DEMO, DEMO_FOLDER, Scheme, Training
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Scheme, Training, default_recipe, with_rate
 from ternq.train import Trainer
 
-BASE = Training(steps=100, batch_size=8, sequence_length=256, lr=1e-3, off=1.0)
+BASE = "as it is"
+DROPPED = "shift dropped at the end"
 
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "base": ({}, {}),
-    "lr 3e-4": ({}, {"lr": 3e-4}),
-    "lr 2e-3": ({}, {"lr": 2e-3}),
-    "lr 4e-3": ({}, {"lr": 4e-3}),
-    "scale_lr 1e-4": ({}, {"scale_lr": 1e-4}),
-    "scale_lr 0": ({}, {"scale_lr": 0.0}),
-    "ste ttq": ({}, {"ste": "ttq"}),
-    "no shift": ({"shift": False}, {}),
-    "off 0": ({}, {"off": 0.0}),
-    "off 4": ({}, {"off": 4.0}),
-    "off 10": ({}, {"off": 10.0}),
-    "off only": ({}, {"kl": 0.0}),
-    "ce 0.5": ({}, {"ce": 0.5}),
-    "ce only": ({}, {"kl": 0.0, "off": 0.0, "ce": 1.0}),
-    "group 64": ({"group_size": 64}, {}),
-    "group 256": ({"group_size": 256}, {}),
-    "batch 4 x 200 steps": ({}, {"batch_size": 4, "steps": 200}),
-    "batch 4 x 300 steps, off 4": ({}, {"batch_size": 4, "steps": 300, "off": 4.0}),
-    "batch 4 x 300 steps, off 10": ({}, {"batch_size": 4, "steps": 300, "off": 10.0}),
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed: of the scheme, of the training, and what takes a function's place."""
+
+    scheme: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    within: Any = nullcontext  # () -> a context
+
+
+def _instead(*args: Any, **options: Any) -> Any:
+    return partial(instead, *args, **options)
+
+
+def _trained(**settings: Any) -> Variant:
+    return Variant(training=settings)
+
+
+RECONSTRUCTED = {"start": "reconstructed", "lr": None}
+VARIANTS = {
+    BASE: Variant(),
+    "no shift": Variant({"shift": False}),
+    "group 64": Variant({"group_size": 64}),
+    "group 256": Variant({"group_size": 256}),
+    "group: the row": Variant({"group_size": 640}),
+    "threshold 0.5": Variant(within=_instead(threshold(0.5))),
+    "threshold 0.9": Variant(within=_instead(threshold(0.9))),
+    "threshold 0.7, centred": Variant(within=_instead(threshold(0.7, centred=True))),
+    "gradient ttq": _trained(ste="ttq"),
+    "gradient Tequila": Variant(within=_instead(forward=tequila_forward)),
+    "gradient SEQ": Variant({"shift": False}, within=_instead(seq_codes, seq, fit=seq_scale)),
+    "gradient SEQ, fitted start": Variant({"shift": False}, within=_instead(threshold(0.7), seq)),
+    "features: none": _trained(off=0.0),
+    "features: OFF 1": _trained(off=1.0),
+    "features: OFF 30": _trained(off=30.0),
+    "features: OFF, last block": Variant(within=_instead(features=last_feature)),
+    "features: squared error": Variant(within=_instead(features=squared_features)),
+    "features: squared error, weight 1": Variant(
+        training={"off": 1.0}, within=_instead(features=squared_features)
+    ),
+    "logits: none": _trained(kl=0.0),
+    "logits: KL and CE 0.5": _trained(ce=0.5),
+    "logits: CE in place of KL": _trained(kl=0.0, ce=1.0),
+    "text alone: CE, no teacher": _trained(kl=0.0, off=0.0, ce=1.0),
+    "lr 3e-4": _trained(lr=3e-4),
+    "lr 2e-3": _trained(lr=2e-3),
+    "lr 4e-3": _trained(lr=4e-3),
+    "scale lr 1e-4": _trained(scale_lr=1e-4),
+    "scale lr 0": _trained(scale_lr=0.0),
+    "scale lr 1e-2": _trained(scale_lr=1e-2),
+    "first scale: mean |w|": Variant(within=_instead(fit=mean_scale)),
+    "start compensated": _trained(start="compensated"),
+    "start reconstructed": Variant(training=RECONSTRUCTED),
+    "start reconstructed, lr 1e-3": Variant(training=RECONSTRUCTED | {"lr": 1e-3}),
+    "start reconstructed, scales": Variant(training=RECONSTRUCTED | {"train": "scales"}),
+    "text: the teacher's own": _trained(data=("self",)),
 }
 
 
-def run(name: str, teacher: hf.Loaded, dev: torch.Tensor, base: Training, seed: int) -> dict:
-    """Train one variant; its perplexity on the development text before and after."""
-    scheme, settings = VARIANTS[name]
-    training = replace(base, **settings)
-    student = copy.deepcopy(teacher.model).requires_grad_(True)
-    prepare(student, replace(Scheme(), **scheme), training.ste)
-    length = outlines.max_length(student)
-    untrained = token_perplexity(student, dev, length)["token_perplexity"]
-    texts = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=seed)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            student=student,
-            teacher=teacher.model,
-            blocks=data.blocks(texts, teacher.tokenizer, training.sequence_length),
-            settings=training,
-            steps=training.steps or 0,
-            folder=Path(folder),
-            progress=ignore,
-        )
-        began = time.monotonic()
+@dataclass(frozen=True)
+class Setting:
+    """What all variants have in common."""
+
+    model: str
+    teacher: hf.Loaded
+    dev: torch.Tensor
+    data: tuple[str, ...]
+    training: Training
+
+    def perplexity(self, model: Any) -> float:
+        """Of the development text."""
+        length = outlines.max_length(self.teacher.model)
+        return float(token_perplexity(model, self.dev, length)["token_perplexity"])
+
+    def blocks(self, training: Training, seed: int) -> Iterator[torch.Tensor]:
+        """The training text of a seed; a teacher that writes its own does so without that text."""
+        if training.data:
+            recipe = Recipe(model=self.model, training=training, seed=seed)
+            opened = corpus.corpus(self.teacher, recipe, training.data, offline=True,
+                                   progress=ignore, cache=None)  # fmt: skip
+            yield from opened.blocks
+        texts = data.mixed(list(self.data), seed=seed)
+        yield from data.blocks(texts, self.teacher.tokenizer, training.sequence_length)
+
+
+def run(name: str, setting: Setting, seed: int) -> dict[str, float]:
+    """Train one variant; perplexities of the development text, and seconds of training."""
+    variant = VARIANTS[name]
+    training = with_rate(replace(setting.training, **variant.training), ternary=False)
+    within: AbstractContextManager[None] = variant.within()
+    with within, tempfile.TemporaryDirectory() as folder:
+        student = copy.deepcopy(setting.teacher.model).requires_grad_(True)
+        prepare(student, replace(Scheme(), **variant.scheme), training.ste)
+        began, blocks = time.monotonic(), setting.blocks(training, seed)
+        if training.calibrated:
+            ids = torch.stack(list(islice(blocks, training.calibration)))
+            compensated_start(student, ids, seed=seed, autocast=products(training, ids.device),
+                              reconstruction=training if training.passes else None)  # fmt: skip
+        untrained = setting.perplexity(student)
+        trainer = Trainer(student=student, teacher=setting.teacher.model, blocks=blocks,
+                          settings=training, steps=training.steps or 0, folder=Path(folder),
+                          progress=ignore, seed=seed)  # fmt: skip
         trainer.run()
-        seconds = time.monotonic() - began
-    after = token_perplexity(student, dev, length)["token_perplexity"]
-    return {"name": name, "seed": seed, "untrained": untrained, "student": after,
-            "seconds": round(seconds, 1), "steps": training.steps,
-            "tokens": training.steps * training.batch_size * training.sequence_length}  # fmt: skip
+        found = {"untrained": untrained, "student": setting.perplexity(student)}
+        found["seconds"] = round(time.monotonic() - began, 1)
+        if name == BASE:
+            for layer in ternary_layers(student).values():
+                layer.weight_shift = None
+            found[DROPPED] = setting.perplexity(student)
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: the mean over seeds, and the difference to the base, seed by seed."""
+    names = [*VARIANTS, DROPPED]
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for line in lines:
+        found[line["name"]][line["seed"]] = line["student"]
+        if DROPPED in line:
+            found[DROPPED][line["seed"]] = line[DROPPED]
+    base = found[BASE]
+    text = ["| changed | seeds | development perplexity | difference, % | from, to |",
+            "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
+    for name in names:
+        own = found[name]
+        if not own:
+            continue
+        cells = [name, str(len(own)), f"{statistics.mean(own.values()):.2f}"]
+        off = [100 * (own[seed] / base[seed] - 1) for seed in own if seed in base]
+        if name == BASE:
+            spread = (f"{v:.2f}" for v in (min(own.values()), max(own.values())))
+            cells += ["", f"{', '.join(spread)} (perplexity)"]
+        elif off:
+            cells += [f"{statistics.mean(off):+.1f}", f"{min(off):+.1f}, {max(off):+.1f}"]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a variant")
-    parser.add_argument("--only", default="", help="variants whose name begins so")
-    parser.add_argument("--steps", type=int, default=BASE.steps)
-    parser.add_argument("--lr", type=float, default=BASE.lr)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a run")
+    parser.add_argument("--only", nargs="+", default=[""], help="Variants whose names begin so.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, help="Of training; the demo's by default.")
+    parser.add_argument("--model", default=DEMO)
+    parser.add_argument("--data", nargs="+", default=[str(DEMO_FOLDER / "train.jsonl.xz")])
+    parser.add_argument("--dev", default=str(DEMO_FOLDER / "dev.jsonl.xz"), help="To judge by.")
+    parser.add_argument("--table", action="store_true", help="Print it, and run nothing.")
     args = parser.parse_args()
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(r["name"], r["seed"], r["base_lr"], r["base_steps"]) for r in map(json.loads, lines)}
-    teacher = hf.load(DEMO)
+    if args.table:
+        print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+        return
+    teacher = hf.load(args.model, offline=True)
     teacher.model.requires_grad_(False)
-    documents = list(data.read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
+    documents = list(data.read_documents(args.dev))
     dev = torch.tensor([i for d in data.encode(documents, teacher.tokenizer) for i in d])
-    full = token_perplexity(teacher.model, dev, outlines.max_length(teacher.model))[
-        "token_perplexity"
-    ]
-    base = replace(BASE, steps=args.steps, lr=args.lr)
-    for name in VARIANTS:
-        if not name.startswith(args.only) or (name, args.seed, args.lr, args.steps) in done:
-            continue
-        record = run(name, teacher, dev, base, args.seed)
-        record |= {"teacher": full, "base_lr": args.lr, "base_steps": args.steps}
-        with args.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"{name:22} {record['student']:9.3f}  ({record['seconds']} s)", flush=True)
+    training = default_recipe(DEMO).training
+    training = replace(training, lr=1e-3, steps=args.steps or training.steps)
+    setting = Setting(args.model, teacher, dev, tuple(args.data), training)
+    about = {"model": args.model, "steps": training.steps}
+    about["teacher"] = setting.perplexity(teacher.model)
+    for seed in args.seeds:
+        for name in VARIANTS:
+            key = about | {"name": name, "seed": seed}
+            if name.startswith(tuple(args.only)) and not _stands(args.out, key):
+                line = key | run(name, setting, seed)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{name:34} {seed} {line['student']:9.3f}  ({line['seconds']} s)", flush=True)
+
+
+def _stands(path: Path, key: dict[str, Any]) -> bool:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(key.items() <= json.loads(line).items() for line in lines)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def walk(dense: Any, ids: torch.Tensor, seen: int, rate: float, args: argparse.N
         for layer in layers.values():
             use(layer, None)
         began = time.monotonic()
-        before, after = reconstruct(block, now[:seen], target[:seen], settings, seed=index,
-                                    autocast=autocast)  # fmt: skip
+        before, after, _ = reconstruct(block, now[:seen], target[:seen], settings, seed=index,
+                                       autocast=autocast)  # fmt: skip
         seconds = time.monotonic() - began
         for layer in layers.values():
             use(layer, layer.numbers().dequantized())

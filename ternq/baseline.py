@@ -26,11 +26,9 @@ from ternq.linear import RoundedLinear, TernaryLinear, rounded_layers
 from ternq.precision import products
 from ternq.prepared import Prepared, as_made, perplexity
 from ternq.progress import Event, Progress
-from ternq.recipe import NOT_TERNARY, Recipe, Scheme
+from ternq.recipe import CALIBRATED, NOT_TERNARY, Recipe, Scheme
 from ternq.source import Source, of_rounded
 from ternq.weights import weights_summary, with_file
-
-CALIBRATED = ("gptq", "pt2", "billm")  # those that look at a layer's inputs
 
 
 def check(recipe: Recipe, embeddings: str, keep_dtype: bool) -> None:

@@ -164,7 +164,7 @@ def compensated_start(
             found = kept.load(index, block) if kept else None
             if found is None:
                 found = Started()
-                start_block(
+                hidden = start_block(
                     block,
                     own,
                     now,
@@ -181,8 +181,8 @@ def compensated_start(
             else:
                 for layer in own.values():
                     use(layer, layer.value())
+                hidden = run(block, now, autocast)
             done.add_all(found)
-            hidden = run(block, now, autocast)
             calls[index] = []
             for layer in own.values():
                 use(layer, None)
@@ -209,11 +209,12 @@ def start_block(
     settings: Training | None,
     seed: int,
     check: Callable[[], None] = lambda: None,
-) -> None:
+) -> list[Tensor]:
     """Round the layers of one block, whose latent weights are still the dense ones.
 
     With ``settings`` the block is then trained towards ``targets``. The layers are left to use what
-    they became as it is (`use`); what happened goes into ``done``.
+    they became as it is (`use`); what happened goes into ``done``. Returns what the finished block
+    puts out.
     """
     use_latent(layers)
     for stage in stages(block, layers, calls[0], autocast):
@@ -226,14 +227,17 @@ def start_block(
                 raise InputError(f"The {what} of {name} failed: {error}.") from error
             use(layer, layer.value())
             check()
-    if settings is not None and settings.passes:
-        for layer in layers.values():
-            use(layer, None)
-        done.distances.append(
-            reconstruct(block, calls, targets, settings, seed=seed, autocast=autocast, check=check)
-        )
-        for layer in layers.values():
-            use(layer, layer.value())
+    if settings is None or not settings.passes:
+        return run(block, calls, autocast)
+    for layer in layers.values():
+        use(layer, None)
+    before, after, outputs = reconstruct(
+        block, calls, targets, settings, seed=seed, autocast=autocast, check=check
+    )
+    done.distances.append((before, after))
+    for layer in layers.values():
+        use(layer, layer.value())
+    return outputs
 
 
 def on(calls: list[Call], hidden: list[Tensor]) -> list[Call]:

@@ -201,7 +201,7 @@ def rounded_once(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def rounded_softly(model: nn.Module, hardness: float | None) -> Iterator[None]:
     """While open, weights are those of `ternq.softened.soften`; None: rounded as always."""
-    layers = ternary_layers(model).values()
+    layers = [] if hardness is None else [*ternary_layers(model).values()]
     for layer in layers:
         layer.hardness = hardness
     try:

@@ -20,7 +20,7 @@ from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.precision import products
 from ternq.prepared import Prepared
 from ternq.progress import Event, Progress
-from ternq.recipe import Recipe, Scheme
+from ternq.recipe import CALIBRATED, Recipe, Scheme
 from ternq.reconstruct import reconstruct, rows_at_once, work
 from ternq.samples import PROMPTS, TOKENS
 from ternq.streamed import put_in
@@ -50,7 +50,7 @@ def end_to_end(
         passes = (PASSES - 1) / reading
         passes += 1 / tokens_per_second(teacher.eval(), length) if teacher else 0.0
     rounding, rate = 0.0, None
-    calibrated = recipe.scheme.method in baseline.CALIBRATED or recipe.training.calibrated
+    calibrated = recipe.scheme.method in CALIBRATED or recipe.training.calibrated
     if calibrated:
         layers = {**ternary_layers(student), **rounded_layers(student)}
         rounding = _rounding([layer.weight.shape for layer in layers.values()], recipe.scheme)
@@ -154,7 +154,7 @@ def _trained(walk: Walk, block: nn.Module, folder: Path, recipe: Recipe) -> floa
         )
         # both distances round once, for two calls here and for all of them in a run
         step = max(0.0, both / 2 - ternary - dense)
-        seconds += count * (2 * dense + settings.passes * step)
+        seconds += count * (dense + settings.passes * step)  # what is only rounded, and steps
     return seconds
 
 

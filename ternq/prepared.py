@@ -25,7 +25,7 @@ from ternq.linear import (
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.precision import with_products
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, Scheme, Training, defaults, with_rate, with_start
+from ternq.recipe import Recipe, Scheme, Training, defaults, idle, with_rate, with_start
 from ternq.student import student_of
 
 
@@ -193,7 +193,7 @@ def fitting(
     if training.sequence_length > longest:
         notes.append(f"Blocks of {longest} tokens: the model was made for no more positions.")
         training = replace(training, sequence_length=longest)
-    counted = None
+    counted, asked = None, training
     if recipe.only_rounds:
         counted, why = budget.rounding(built, training, device, memory)
         notes.append(f"Strategy: {why}.")
@@ -207,6 +207,8 @@ def fitting(
     else:
         training = _as_begun(training, record)
         notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
+    asked = replace(asked, block_by_block=training.block_by_block)
+    notes += idle(replace(recipe, training=asked))
     return replace(recipe, training=with_rate(training, ternary)), counted, notes
 
 

@@ -29,6 +29,7 @@ TeacherDtype = Literal["float32", "bfloat16", "int8"]
 Method = Literal["dlt", "rtn", "gptq", "absmean", "twn", "pt2", "billm", "float"]
 BASELINES = ("rtn", "gptq", "absmean", "twn", "pt2", "billm")  # ternarize only rounds by them
 NOT_TERNARY = ("rtn", "gptq", "billm")  # those of them that make other layers than ternary ones
+CALIBRATED = ("gptq", "pt2", "billm")  # those of them that look at a layer's inputs
 BITS = (2, 3, 4, 8)
 Grid = Literal["minmax", "mse", "fit"]
 USUAL_LR = 1e-3  # moves codes far from where they are: for a start that is poor
@@ -326,6 +327,39 @@ def with_rate(training: Training, ternary: bool) -> Training:
     if training.lr is not None:
         return training
     return replace(training, lr=training.usual_lr(ternary))
+
+
+_END_TO_END = (
+    "lr", "lr_second", "scale_lr", "off", "kl", "ce", "train", "optimizer", "latent", "offload",
+    "cache_teacher", "teacher_dtype", "retreats",
+)  # fmt: skip
+_RECONSTRUCTION = ("reconstruction_epochs", "reconstruction_lr", "reconstruction_softened")
+
+
+def idle(recipe: Recipe) -> list[str]:
+    """The settings other than usual that nothing reads, a sentence each; the start is chosen."""
+    training, method = recipe.training, recipe.scheme.method
+    unread: dict[str, str] = {}
+    if recipe.only_rounds:
+        names = (*_END_TO_END, *_RECONSTRUCTION, "start", "rank", "ste")
+        unread |= dict.fromkeys(names, f"--method {method} only rounds")
+    elif training.block_by_block or 0 in (training.tokens, training.steps):
+        unread |= dict.fromkeys(_END_TO_END, "nothing is trained end to end")
+    if not training.passes and training.start != "reconstructed":
+        unread |= dict.fromkeys(_RECONSTRUCTION, "no block is trained by itself")
+    if not (training.calibrated or training.block_by_block or method in CALIBRATED):
+        unread["calibration"] = "no text is read before training"
+    if training.train != "low-rank":
+        unread["rank"] = "there is no adapter"
+    if not training.weight_decay:
+        unread["decay_until"] = "there is no weight decay"
+    usual = defaults(Training) | {"lr": training.usual_lr(), "start": "closed-form"}
+    given = {name: getattr(training, name) for name in usual if name in unread}
+    return [
+        f"{flag(name)}{'' if value is True else f' {value}'} changes nothing: {unread[name]}."
+        for name, value in given.items()
+        if value not in (None, usual[name])
+    ]
 
 
 def refuse_scratch(recipe: Recipe) -> None:

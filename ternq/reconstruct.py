@@ -6,7 +6,7 @@ outputs of the dense model. So does BRECQ's idea as EfficientQAT (Block-AP, arXi
 CAT-Q (arXiv 2606.26650) use it; loss, targets and settings here are our own (docs/method.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -43,11 +43,12 @@ def reconstruct(
     seed: int,
     autocast: AbstractContextManager[Any],
     check: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """Train a block on ``calls`` towards ``targets``, a step a call; distances before and after.
+) -> tuple[float, float, list[Tensor]]:
+    """Train a block on ``calls`` towards ``targets``, a step a call.
 
     ``settings`` has epochs and rate; ``check`` is called before every step and may stop the work
-    by raising. A block that did not come nearer is put back to where it began.
+    by raising. A block that did not come nearer is put back to where it began. Returns the mean
+    distances before and after, and what the block puts out in the end.
     """
     before = mean_distance(block, calls, targets, autocast)
     # all of a block learns, by plain AdamW at one rate, whatever is asked of what comes afterwards
@@ -82,11 +83,13 @@ def reconstruct(
             set_rate(learned, step, steps, settings)
             learned.step()
             learned.zero_grad()
-    after = mean_distance(block, calls, targets, autocast)
+    outputs = _outputs(block, calls, autocast)
+    after = _mean(map(distance, outputs, targets))
     if not after < before:
         for parameter, value in zip(parameters, began, strict=True):
             parameter.copy_(value)
-    return before, after
+        outputs = _outputs(block, calls, autocast)
+    return before, after, outputs
 
 
 @torch.no_grad()
@@ -98,8 +101,18 @@ def mean_distance(
 ) -> float:
     """`distance` of what a block puts out, mean over calls."""
     with rounded_once(block), autocast:
-        found = [distance(c.run(block), t) for c, t in zip(calls, targets, strict=True)]
-    return float(torch.stack(found).mean())
+        return _mean(distance(c.run(block), t) for c, t in zip(calls, targets, strict=True))
+
+
+def _mean(distances: Iterable[Tensor]) -> float:
+    return float(torch.stack(list(distances)).mean())
+
+
+def _outputs(
+    block: nn.Module, calls: list[Call], autocast: AbstractContextManager[Any]
+) -> list[Tensor]:
+    with rounded_once(block), autocast:
+        return [call.run(block) for call in calls]
 
 
 def work(settings: Training) -> tuple[int, int]:

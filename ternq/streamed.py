@@ -236,7 +236,7 @@ class _Maker:
         finished = self.record.setdefault("blocks", [])
         if index >= len(finished):
             done, seed = Started(), self.prepared.recipe.seed + index
-            start_block(
+            self.own = start_block(
                 block, layers, now, done, self.autocast, self.dense,
                 settings=settings, seed=seed, check=self.check,
             )  # fmt: skip
@@ -245,7 +245,7 @@ class _Maker:
             finished.append(vars(done))
         else:
             _put_back(checkpoint.load_tensors(path), block, self.walk.within(index), layers)
-        self.own = run(block, now, self.autocast)
+            self.own = run(block, now, self.autocast)
         self._pass_on("student", block, held)
 
     def measured(self, who: str) -> dict[str, Any]:

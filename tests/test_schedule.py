@@ -1,6 +1,8 @@
-"""Rate and weight decay as closed forms of the step."""
+"""Rate and weight decay as closed forms of the step; settings that make no sense together."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from ternq.errors import RecipeError
 from ternq.optimize import set_rate
-from ternq.recipe import Training
+from ternq.recipe import Method, Recipe, Scheme, Training, idle, with_rate, with_start
 from ternq.schedule import decays, rate
 
 STEPS = 1200
@@ -91,3 +93,30 @@ def test_cross_entropy_alone() -> None:
     alone = Training(objective="ce")
     assert (alone.off, alone.kl, alone.ce) == (0, 0, 1)
     assert Training(objective="ce", ce=0.5).ce == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "named"),
+    [
+        ("dlt", {}, []),
+        ("dlt", {"rank": 8}, ["--rank 8"]),
+        ("dlt", {"rank": 8, "train": "low-rank"}, []),
+        ("dlt", {"calibration": 8}, []),
+        ("dlt", {"calibration": 8, "start": "closed-form"}, ["--calibration 8"]),
+        ("dlt", {"reconstruction_lr": 0.1, "start": "compensated"}, ["--reconstruction-lr 0.1"]),
+        ("dlt", {"reconstruction_epochs": 0, "off": 3.0}, []),
+        ("dlt", {"tokens": 0, "off": 3.0, "lr": 1e-4}, ["--off 3.0"]),
+        ("dlt", {"block_by_block": True, "cache_teacher": True}, ["--cache-teacher"]),
+        ("dlt", {"decay_until": 0.5}, ["--decay-until 0.5"]),
+        ("dlt", {"decay_until": 0.5, "weight_decay": 0.1}, []),
+        ("rtn", {"steps": 0, "calibration": 8, "ste": "ttq"}, ["--calibration 8", "--ste ttq"]),
+        ("gptq", {"steps": 0, "calibration": 8, "start": "compensated"}, ["--start compensated"]),
+    ],
+)
+def test_settings_that_nothing_reads_are_named(
+    method: Method, settings: dict[str, Any], named: list[str]
+) -> None:
+    asked = Recipe(model="m", scheme=Scheme(method=method), training=Training(**settings))
+    training = with_rate(with_start(asked, ternary=False), ternary=False)
+    said = idle(replace(asked, training=training))
+    assert sorted(line.partition(" changes nothing: ")[0] for line in said) == named

@@ -101,7 +101,7 @@ def test_a_block_is_trained_softened_and_left_hard(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(softened, "soften", soften)
     settings = replace(SETTINGS, reconstruction_epochs=2)
-    before, after = reconstruct.reconstruct(
+    before, after, _ = reconstruct.reconstruct(
         own[0], calls, targets, settings, seed=0, autocast=autocast
     )
     layers = ternary_layers(own[0]).values()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ternq import budget, calibrate, checkpoint, corpus, distill, hf, runs, states, stop, streamed
-from ternq.calibrate import compensated_start
+from ternq.calibrate import compensated_start, run
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.footprint import Footprint
 from ternq.linear import decoder_blocks, prepare, ternary_layers
@@ -131,10 +131,29 @@ def test_a_block_comes_nearer_and_what_is_skipped_stays() -> None:
     prepare(model, Scheme(group_size=16, skip=("*.o_proj",)))
     kept = block.self_attn.o_proj.weight.clone()
     settings = Training(reconstruction_epochs=4)
-    before, after = reconstruct(block, calls, targets, settings, seed=0, autocast=nullcontext())
+    before, after, outputs = reconstruct(
+        block, calls, targets, settings, seed=0, autocast=nullcontext()
+    )
     assert after < 0.8 * before
     assert mean_distance(block, calls, targets, nullcontext()) == after
+    assert all(map(torch.equal, outputs, run(block, calls, nullcontext())))
     assert torch.equal(block.self_attn.o_proj.weight, kept)
+
+
+def test_a_block_that_comes_no_nearer_is_put_back() -> None:
+    model = checkpoints.model("llama")
+    calls, targets = calibrate_targets(model)
+    block = decoder_blocks(model)[1][0]
+    prepare(model, Scheme(group_size=16))
+    began = [p.detach().clone() for p in block.parameters()]
+    expected = run(block, calls, nullcontext())
+    settings = Training(reconstruction_epochs=1, reconstruction_lr=100.0)
+    before, after, outputs = reconstruct(
+        block, calls, targets, settings, seed=0, autocast=nullcontext()
+    )
+    assert not after < before  # it is no number here
+    assert all(map(torch.equal, block.parameters(), began))
+    assert all(map(torch.equal, outputs, expected))
 
 
 def calibrate_targets(model: Any) -> Any:
