@@ -72,6 +72,7 @@ VARIANTS = {
     BASE: Variant(),
     "no shift": Variant({"shift": False}),
     "group 64": Variant({"group_size": 64}),
+    "group 64, no shift": Variant({"group_size": 64, "shift": False}),  # as many bits as the base
     "group 256": Variant({"group_size": 256}),
     "group: the row": Variant({"group_size": 640}),
     "threshold 0.5": Variant(within=_instead(threshold(0.5))),

@@ -47,7 +47,6 @@ def train_run(
     record: dict[str, Any],
     *,
     progress: Progress,
-    **unused: Any,
 ) -> dict[str, Any]:
     """Round the student, and measure it and its teacher; the fields of `distill.train_run`.
 

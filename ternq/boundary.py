@@ -62,6 +62,8 @@ class Session:
 class UsageMistake(RecipeError):
     """A command line that cannot be understood."""
 
+    kind = "UsageError"
+
 
 class InternalError(TernqError):
     """What nobody foresaw: a bug."""
@@ -170,8 +172,9 @@ def _shown(session: Session) -> Payload:
 
 
 def _worse(error: TernqError | None, caught: BaseException) -> TernqError:
-    """The error that ends the command: a report that cannot be written (4) goes before a gate."""
-    return _in_words(caught) if error is None or isinstance(error, GateError) else error
+    """The error that ends the command: a bug goes before all, what cannot be written before 5."""
+    said = _in_words(caught)
+    return said if error is None or isinstance(error, GateError) or said.exit_code == 1 else error
 
 
 def _named(option: str, arguments: Sequence[str]) -> Path | None:
@@ -202,7 +205,7 @@ def _envelope(session: Session, error: TernqError | None) -> Payload:
     """The JSON object of the contract: the common fields first, then the command's own."""
     code = error.exit_code if error else 0
     said = error and {
-        "type": type(error).__name__.replace("UsageMistake", "UsageError"),
+        "type": error.kind,
         "message": error.message,
         "hint": error.hint,
     }

@@ -63,6 +63,7 @@ class Started:
         self.dead += other.dead
         self.damped |= other.damped
         self.distances += other.distances
+        self.widest = max(self.widest, other.widest)
 
     def said(self, ids: Tensor) -> list[str]:
         """In sentences, for ids ``[blocks, length]``."""
@@ -144,7 +145,6 @@ def compensated_start(
     model.eval()
     done, layers = Started(how), _own_weights(model)
     done.shared = sorted(_layers(model).keys() - layers.keys())
-    done.widest = max((layer.in_features for layer in layers.values()), default=0)
     try:
         prefix, blocks = decoder_blocks(model)
         with autocast:
@@ -217,6 +217,7 @@ def start_block(
     puts out.
     """
     use_latent(layers)
+    done.widest = max((layer.in_features for layer in layers.values()), default=0)
     for stage in stages(block, layers, calls[0], autocast):
         hessian = _hessian(block, stage, calls, autocast)
         for name, layer in stage.layers:

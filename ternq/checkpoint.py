@@ -70,14 +70,12 @@ SHARD_BYTES = 5 * 10**9
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
-def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write one safetensors file, atomically. Tensors may be views; each is stored whole."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with renamed(path) as temporary:
-            save_file(_separate(plain), temporary, {"format": "pt", **(metadata or {})})
+            save_file(_separate(plain), temporary, {"format": "pt"})
             temporary.chmod(0o666 & ~_umask())  # safetensors makes its files private
     except SafetensorError as error:
         raise _write_error(path, error) from error

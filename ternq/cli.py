@@ -17,7 +17,7 @@ import ternq
 from ternq import boundary, helptext, options, processes
 from ternq.boundary import Payload, UsageMistake
 from ternq.progress import Event, Progress
-from ternq.recipe import Scheme, Training, refuse_rounding, refuse_scratch
+from ternq.recipe import Scheme, Training, refuse_scratch, refuse_untrained
 from ternq.request import (
     dtype_of,
     gates_of,
@@ -37,6 +37,7 @@ from ternq.request import (
 )
 
 COMMANDS = ("ternarize", "distill", "pack", "eval", "generate")
+GOES_ON = "a run: the command goes on with it if it is of this recipe"
 
 app = typer.Typer(
     add_completion=False,
@@ -134,6 +135,7 @@ def ternarize(
     world = where(device, settings) | {"progress": progress}
     refuse_scratch(made)
     if plan:
+        from ternq.runs import of_artefact
         from ternq.ternarize import check
 
         place = path_of(out)
@@ -145,6 +147,8 @@ def ternarize(
         if done:
             said = f"{place} is finished already with this recipe: the command does nothing"
             progress(Event("plan", said))
+        elif not overwrite and (run := of_artefact(place)).exists():
+            progress(Event("plan", f"{run} is {GOES_ON}"))
         others: Payload = {"overwrite": overwrite or done, "memory": memory, "devices": devices}
         others |= {"keep_dtype": keep_dtype, "embeddings": embeddings}
         return planned(made, place, world | others)
@@ -201,16 +205,17 @@ def distill(
     """Train a ternary student of MODEL, or go on where it stopped."""
     refuse_without_plan(plan, memory=memory, devices=devices)
     made = recipe_of(model, recipe, seed, settings, preset)
-    refuse_rounding(made)
+    refuse_untrained(made)
     world = where(device, settings) | {"progress": progress}
     if plan:
+        from ternq import trackers
         from ternq.origin import RUN_FILE
 
+        trackers.check(names_in(log_with))
         place = path_of(out)
         begun = not overwrite and (place / RUN_FILE).is_file()
         if begun:
-            said = f"{place} is a run: the command goes on with it if it is of this recipe"
-            progress(Event("plan", said))
+            progress(Event("plan", f"{place} is {GOES_ON}"))
         others: Payload = {"teacher": teacher, "overwrite": overwrite or begun, "by_blocks": False}
         others |= {"memory": memory, "devices": devices}
         return planned(made, place, world | others)
@@ -244,7 +249,7 @@ def pack(
             help="A run, an artefact, or any checkpoint that is ternary already.",
         ),
     ] = None,
-    out: options.Out = None,
+    out: options.PackOut = None,
     overwrite: options.Overwrite = False,
     verify: Annotated[
         Path | None,
@@ -308,10 +313,11 @@ def pack(
         raise UsageMistake("Name a MODEL to pack, or --verify DIR.", "See ternq pack --help.")
     if recipe is not None:
         replayed(recipe)  # a file that is no recipe is refused here, too
-    unused = {"--device": device not in (None, "cpu"), "--dtype": dtype, "--recipe": recipe}
+    unused = {"--device": device not in (None, "cpu"), "--dtype": dtype, "--recipe": recipe,
+              "--trust-remote-code": settings["trust_remote_code"]}  # fmt: skip
     for name, given in unused.items():
         if given:
-            said = "packing computes on the CPU, by what MODEL says of itself"
+            said = "packing computes on the CPU, by what MODEL says of itself, without its code"
             progress(Event("pack", f"{name} changes nothing: {said}"))
     offline = settings["offline"]  # a model's own code cannot be packed, trusted or not
     from ternq.formats import Options

@@ -36,7 +36,7 @@ from ternq.linear import decoder_blocks
 from ternq.precision import products
 from ternq.prepared import Prepared, as_made, fitting, perplexity, prepare_run
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, refuse_rounding
+from ternq.recipe import Recipe, refuse_untrained
 from ternq.reconstruct import rows_at_once
 from ternq.runs import REPORT
 from ternq.teacher import CachedTeacher, TeacherCache, cached_teacher
@@ -68,12 +68,7 @@ def distill(
         RecipeError: ``out`` holds something else, or a run of another recipe.
         StoppedError, InterruptedByUser, DivergenceError: see `ternq.train.Trainer.run`.
     """
-    if recipe.training.block_by_block:
-        raise RecipeError(
-            "--block-by-block leaves no student that could be trained on.",
-            "ternq ternarize makes the packed model so.",
-        )
-    refuse_rounding(recipe)
+    refuse_untrained(recipe)
     trackers.check(log_with)
     with runs.locked(out, resume, overwrite, [model, teacher]):
         prepared, record = begin(

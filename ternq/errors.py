@@ -24,6 +24,11 @@ class TernqError(Exception):
         self.message = _one_line(message)
         self.hint = hint and _one_line(hint)
 
+    @property
+    def kind(self) -> str:
+        """What reports call it."""
+        return type(self).__name__
+
 
 def _one_line(text: str) -> str:
     """What a terminal can show as it is, whatever names a damaged file brings into it."""
@@ -62,7 +67,7 @@ class VerificationError(TernqError):
 
 
 class DivergenceError(TernqError):
-    """Training diverged: a loss or gradient that is not finite."""
+    """Training diverged: numbers not finite, a loss that stays above its start, codes all alike."""
 
     exit_code = 7
 

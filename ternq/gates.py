@@ -135,11 +135,6 @@ def unanswered(gates: Sequence[Gate], tasks: Sequence[str], baseline: bool) -> I
             yield f"--{gate.name} names '{task}', which is not among --tasks: it will fail."
 
 
-def passed(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every gate passed."""
-    return all(row["passed"] for row in rows)
-
-
 def _rows(
     gate: Gate, results: Results, weights: Mapping[str, Any], baseline: Results
 ) -> list[dict[str, Any]]:

@@ -55,12 +55,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's metrics; per document whether the answer was right ("0110"); what was measured."""
+    """A task's metrics; per document whether the answer was right ("0110")."""
 
     values: dict[str, Any]
     answers: str | None
-    version: Any
-    num_fewshot: int
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def run(
     whole = out["n-samples"][name]["original"]
     values |= {"samples": count, "partial": count < whole}
     answers = None if adapter.not_finite else _answers(out["samples"][name])
-    return Scores(values, answers, out["versions"].get(name), out["n-shot"].get(name) or 0)
+    return Scores(values, answers)
 
 
 def aggregate(task: Task, values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

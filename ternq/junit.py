@@ -67,8 +67,8 @@ def _value(value: Any) -> str:
 def _broken(name: str, error: TernqError) -> ET.Element:
     case = _case("command", name)
     said = error.message if error.hint is None else f"{error.message}\n{error.hint}"
-    kind = type(error).__name__
-    _text(case, "error", f"{said}\nexit status {error.exit_code}", message=error.message, type=kind)
+    text = f"{said}\nexit status {error.exit_code}"
+    _text(case, "error", text, message=error.message, type=error.kind)
     return case
 
 

@@ -16,17 +16,15 @@ _TINY = 1e-8  # the least norm, as in torch
 CHUNK_BYTES = 2**26  # of one model's float32 logits, where they are made chunk by chunk
 
 
-def off(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+def off(student: Tensor, teacher: Tensor) -> Tensor:
     """Outlier-friendly feature distillation: mean over tokens of ``1 - cos(student, teacher)``.
 
-    Features ``[..., hidden]``; ``mask`` (bool, ``[...]``) names the tokens that count. Computed in
-    float32. The cosine sees directions only, so a few channels of large magnitude do not rule it
-    (TernaryLLM, arXiv 2406.07177, abstract; the formula as quoted by others, original not seen).
+    Features ``[..., hidden]``, computed in float32. The cosine sees directions only, so a few
+    channels of large magnitude do not rule it (TernaryLLM, arXiv 2406.07177, abstract; the formula
+    as quoted by others, original not seen).
     """
     distance: Tensor = 1 - _Cosine.apply(student, teacher)  # type: ignore[no-untyped-call]
-    if mask is None:
-        return distance.mean()
-    return (distance * mask).sum() / mask.sum().clamp(min=1)
+    return distance.mean()
 
 
 class _Cosine(torch.autograd.Function):
@@ -55,11 +53,9 @@ class _Cosine(torch.autograd.Function):
         return gradient.to(student.dtype), None
 
 
-def off_per_block(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
-) -> Tensor:
+def off_per_block(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """`off` at each decoder block: float32 ``[blocks]``."""
-    return torch.stack([off(s, t, mask) for s, t in zip(student, teacher, strict=True)])
+    return torch.stack([off(s, t) for s, t in zip(student, teacher, strict=True)])
 
 
 def _gradient(

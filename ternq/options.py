@@ -162,6 +162,13 @@ Out = Annotated[
     Path | None,
     option("-o", "--out", metavar="DIR", show_default="MODEL-ternary", help="Where to write."),
 ]
+PackOut = Annotated[
+    Path | None,
+    option(
+        "-o", "--out", metavar="DIR",
+        show_default="MODEL-ternary, or MODEL-FORMAT", help="Where to write.",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[bool, option("--overwrite", help="Replace an output that exists.")]
 RecipeFile = Annotated[
     Path | None,

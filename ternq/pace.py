@@ -82,19 +82,23 @@ def end_to_end(
 
 
 def by_blocks(
-    model: str, recipe: Recipe, device: str, starting: float, progress: Progress
+    loaded: hf.Loaded,
+    folder: Path,
+    recipe: Recipe,
+    device: str,
+    starting: float,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """The same for a model that goes block by block, from what its first block takes.
+    """The same for a model without weights, from what the first block of its ``folder`` takes.
 
     Raises:
-        InputError: the weights are not here, or are not those of the configuration.
+        InputError: the weights there are not those of the configuration.
     """
-    loaded, folder = hf.outline(model, offline=True)
     progress(Event("plan", "Measuring how fast this machine reads, rounds and trains a block"))
-    walk, opening = _timed(lambda: Walk(model, folder, device))
+    walk, opening = _timed(lambda: Walk(loaded.source, folder, device))
     settings, blocks = recipe.training, len(walk.blocks)
     length = min(BLOCK, outlines.max_length(loaded.model))
-    held = max(1, settings.calibration * settings.sequence_length // length)
+    held = min(settings.calibration * settings.sequence_length, HELD_OUT_TOKENS) // length or 1
     page = torch.zeros(1, length, dtype=torch.int64)
     held_call = walk.calls(page, 1)[0][0]
     block, reading = _timed(lambda: walk.block(0))

@@ -85,6 +85,10 @@ def pack(
         _refuse_input(model, out)
         _refuse_dense(source, format)
         if plan:
+            if format == "ternq":
+                _stored(source, keep_dtype, options.exact)
+            else:
+                formats.module(format).check(source, options)
             return _planned(source, format, options, out)
         _check_room(source, format, options, out)
         with checkpoint.staging(out, overwrite) as staged:
@@ -225,6 +229,8 @@ def _check_request(format: str, embeddings: str, keep_dtype: bool, options: Opti
         raise RecipeError(f"--embeddings is 'keep' or 'int8', not '{embeddings}'.")
     if format == "ternq" and (options.encoding or options.lossy):
         raise RecipeError("--encoding and --lossy are of other formats.", "Name one with --format.")
+    if options.exact and options.lossy:
+        raise RecipeError("--exact refuses any rounding, and --lossy allows it.", "Leave one out.")
     if options.exact and embeddings == "int8":
         raise RecipeError("--exact refuses any rounding, and --embeddings int8 rounds.")
     if format != "ternq" and (embeddings != "keep" or keep_dtype):
@@ -241,10 +247,7 @@ def _ternq(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write and prove ternq's own format; what is said of it."""
-    dtype = stored_dtype(source.dtype, keep_dtype)
-    note = _dtype_note(source.dtype, dtype)
-    if note and exact:
-        raise RecipeError(f"--exact: {note}", "Pass --keep-dtype.")
+    dtype, note = _stored(source, keep_dtype, exact)
     if note:
         progress(Event("pack", note))
     with torch.no_grad():
@@ -261,11 +264,20 @@ def _ternq(
     }
 
 
+def _stored(source: Source, keep_dtype: bool, exact: bool) -> tuple[torch.dtype, str | None]:
+    """The type of what is not ternary, and what is to be said of it."""
+    dtype = stored_dtype(source.dtype, keep_dtype)
+    note = _dtype_note(source.dtype, dtype)
+    if note and exact:
+        raise RecipeError(f"--exact: {note}", "Pass --keep-dtype.")
+    return dtype, note
+
+
 def _foreign(
     source: Source, folder: Path, format: str, options: Options, progress: Progress
 ) -> dict[str, Any]:
     """Write another program's format, which its module proves; what is said of it."""
-    exported = formats.function(format)(source, folder, options, progress)
+    exported = formats.module(format).export(source, folder, options, progress)
     _refuse_rounding(source, options.exact)
     linear = _linear(source)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ternq import budget, checkpoint, outlines, pace, scratch
+from ternq import budget, checkpoint, hf, outlines, pace, scratch, streamed
 from ternq.errors import InputError, RecipeError
 from ternq.prepared import fitting, prepare_run
 from ternq.processes import Crew
@@ -89,10 +89,13 @@ def plan(
     if memory is not None or devices is not None:
         return found | {"recipe": recipe.to_json()}
     if recipe.training.block_by_block:
-        try:
-            found |= pace.by_blocks(model, recipe, device, starting, progress)
-        except InputError as error:
-            notes.append(f"Time is not measured: {error}")
+        outline = _outline(model, notes)
+        if outline is not None:
+            streamed.open_text(outline[0], recipe, None, offline, progress)
+            try:
+                found |= pace.by_blocks(*outline, recipe, device, starting, progress)
+            except InputError as error:
+                notes.append(f"Time is not measured: {error}")
     else:
         began = time.monotonic()
         prepared = prepare_run(
@@ -110,6 +113,15 @@ def plan(
         loading = time.monotonic() - began
         found |= pace.end_to_end(prepared, out, starting, loading, progress)
     return found | {"recipe": recipe.to_json()}
+
+
+def _outline(model: str, notes: list[str]) -> tuple[hf.Loaded, Path] | None:
+    """The model without weights, and its folder; None, which is noted, where it is not here."""
+    try:
+        return hf.outline(model, offline=True)
+    except InputError as error:
+        notes += [f"Time is not measured: {error}", "The text is not looked at."]
+        return None
 
 
 def _disk(

@@ -99,7 +99,7 @@ def prepare_run(
     else:
         alone = recipe.training.objective == "ce" and _recorded_base(base) is None
         big, student = None if alone else _from_ternary(base, teacher, options), base
-        selection, recipe = _selection_of(student, recipe)
+        selection, recipe = _selection_of(student, recipe, notes)
         if recipe.training.calibrated:
             notes.append("Start: the codes that the model has; --start is for dense models.")
     if big is not None:
@@ -254,7 +254,7 @@ def _recorded_base(base: hf.Loaded) -> str | None:
     return model if isinstance(model, str) else None
 
 
-def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe]:
+def _selection_of(student: hf.Loaded, recipe: Recipe, notes: list[str]) -> tuple[Selection, Recipe]:
     """The layers that are ternary already, as layers in training; the scheme is theirs."""
     states.undo_int8(student.model)
     for name, layer in packed_layers(student.model).items():
@@ -275,6 +275,9 @@ def _selection_of(student: hf.Loaded, recipe: Recipe) -> tuple[Selection, Recipe
             f"{'--shift' if scheme.shift else '--no-shift'}; its layers cannot be chosen again.",
             "Leave --group-size, --shift and --skip out, or start from the dense model.",
         )
+    if scheme != recipe.scheme:
+        shift = "with" if scheme.shift else "without"
+        notes.append(f"Layers: groups of {scheme.group_size} {shift} shift, as the model has them.")
     return Selection(dict(layers)), replace(recipe, scheme=scheme)
 
 

@@ -272,7 +272,7 @@ class Recipe:
         return cls(**parts)
 
     def differences(self, other: "Recipe") -> list[str]:
-        """What differs in the other recipe, a sentence each; version and budget notes included."""
+        """What differs in the other recipe and in what is computed, a sentence each."""
         mine, theirs = _flat(self.to_json()), _flat(other.to_json())
         return [
             f"{key}: {theirs.get(key)} there, {mine[key]} here"
@@ -329,11 +329,13 @@ def with_rate(training: Training, ternary: bool) -> Training:
     return replace(training, lr=training.usual_lr(ternary))
 
 
+_LOSS = ("lr", "lr_second", "scale_lr", "off", "kl", "ce", "optimizer", "retreats")
 _END_TO_END = (
-    "lr", "lr_second", "scale_lr", "off", "kl", "ce", "train", "optimizer", "latent", "offload",
-    "cache_teacher", "teacher_dtype", "retreats",
+    *_LOSS, "train", "latent", "offload", "objective", "cache_teacher", "teacher_dtype",
+    "gradient_checkpointing", "checkpoint_minutes", "keep_checkpoints",
 )  # fmt: skip
-_RECONSTRUCTION = ("reconstruction_epochs", "reconstruction_lr", "reconstruction_softened")
+_BLOCKS = ("reconstruction_epochs", "reconstruction_lr", "reconstruction_softened")
+_STEPS = ("warmup", "schedule", "weight_decay", "decay_until", "clip", "ste")  # of blocks, too
 
 
 def idle(recipe: Recipe) -> list[str]:
@@ -341,19 +343,29 @@ def idle(recipe: Recipe) -> list[str]:
     training, method = recipe.training, recipe.scheme.method
     unread: dict[str, str] = {}
     if recipe.only_rounds:
-        names = (*_END_TO_END, *_RECONSTRUCTION, "start", "rank", "ste")
+        names = (*_END_TO_END, *_BLOCKS, *_STEPS, "start", "rank")
         unread |= dict.fromkeys(names, f"--method {method} only rounds")
-    elif training.block_by_block or 0 in (training.tokens, training.steps):
+    elif training.block_by_block:
         unread |= dict.fromkeys(_END_TO_END, "nothing is trained end to end")
+    elif 0 in (training.tokens, training.steps):
+        unread |= dict.fromkeys(_LOSS, "nothing is trained end to end")
     if not training.passes and training.start != "reconstructed":
-        unread |= dict.fromkeys(_RECONSTRUCTION, "no block is trained by itself")
+        unread |= dict.fromkeys(_BLOCKS, "no block is trained by itself")
     if not (training.calibrated or training.block_by_block or method in CALIBRATED):
         unread["calibration"] = "no text is read before training"
+    if training.block_by_block and training.passes:
+        unread["batch_size"] = "a block is trained on one block of text a step"
+    if training.train == "scales" and not training.passes:
+        unread |= dict.fromkeys(("ste", "weight_decay"), "no weight learns")
+    if training.train == "scales" and training.scale_lr is not None:
+        unread["lr"] = "scales and shifts, which alone learn, have --scale-lr"
     if training.train != "low-rank":
         unread["rank"] = "there is no adapter"
     if not training.weight_decay:
         unread["decay_until"] = "there is no weight decay"
     usual = defaults(Training) | {"lr": training.usual_lr(), "start": "closed-form"}
+    if training.objective == "ce":
+        usual |= {"off": 0.0, "kl": 0.0, "ce": 1.0}  # as it sets them
     given = {name: getattr(training, name) for name in usual if name in unread}
     return [
         f"{flag(name)}{'' if value is True else f' {value}'} changes nothing: {unread[name]}."
@@ -390,8 +402,13 @@ def untrained(recipe: Recipe) -> Recipe:
     return replace(recipe, training=replace(training, tokens=None, steps=0))
 
 
-def refuse_rounding(recipe: Recipe) -> None:
-    """`RecipeError` for `distill`, which trains, where the method only rounds."""
+def refuse_untrained(recipe: Recipe) -> None:
+    """`RecipeError` for `distill` where method or strategy leave no student to train."""
+    if recipe.training.block_by_block:
+        raise RecipeError(
+            "--block-by-block leaves no student that could be trained on.",
+            "ternq ternarize makes the packed model so.",
+        )
     method = recipe.scheme.method
     if method in BASELINES and method != "absmean":
         raise RecipeError(

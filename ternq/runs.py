@@ -44,6 +44,11 @@ _BEGUN = {OWN_TEXT_FILE, origin.BASE_FOLDER, LOCK}  # all there is if a start wa
 _REMOVED = f".{origin.RUN_FILE}.removed"  # instead of run.json while a run is being removed
 
 
+def of_artefact(out: Path) -> Path:
+    """The run of an artefact, while it is being made."""
+    return out.with_name(out.name + ".run")
+
+
 @contextlib.contextmanager
 def locked(
     out: Path, resume: bool | None, overwrite: bool, inputs: Sequence[str | None]

@@ -89,14 +89,8 @@ def prepare_run(
     if teacher is not None:
         raise RecipeError("Block by block, the teacher is the model itself.", "Leave it out.")
     loaded, folder = hf.outline(model, offline=offline)
-    refuse_own_code(loaded)
     training = recipe.training
-    specs, note = text_of(loaded, training.data, record, offline)
-    if corpora.has_own_text(specs):
-        raise RecipeError(
-            "Block by block the model cannot write its own text: it is never whole in memory.",
-            "Name a text with --data.",
-        )
+    text, note = open_text(loaded, recipe, record, offline, progress)
     student = replace(loaded, model=outlines.skeleton(folder))
     selection = prepare(student.model, recipe.scheme, training.ste)
     walk = Walk(model, folder, device)
@@ -110,9 +104,33 @@ def prepare_run(
     notes += [note] if note else []
     for said in notes:
         progress(Event("plan", said))
-    text = corpora.corpus(loaded, recipe, specs, offline=offline, progress=progress, cache=cache)
-    text.held_out = text.held_out[: max(2, training.calibration * training.sequence_length)]
     return Streamed(recipe, loaded, student, selection, text, notes, recipe.base, walk=walk)
+
+
+def open_text(
+    loaded: hf.Loaded,
+    recipe: Recipe,
+    record: dict[str, Any] | None,
+    offline: bool,
+    progress: Progress,
+) -> tuple[corpora.Corpus, str | None]:
+    """The text for a model without weights, and what is to be said of it.
+
+    Raises:
+        InputError: the model brings code; the text is missing, empty or no text.
+        RecipeError: text that the model would write itself.
+    """
+    refuse_own_code(loaded)
+    training = recipe.training
+    specs, note = text_of(loaded, training.data, record, offline)
+    if corpora.has_own_text(specs):
+        raise RecipeError(
+            "Block by block the model cannot write its own text: it is never whole in memory.",
+            "Name a text with --data.",
+        )
+    text = corpora.corpus(loaded, recipe, specs, offline=offline, progress=progress, cache=None)
+    text.held_out = text.held_out[: max(2, training.calibration * training.sequence_length)]
+    return text, note
 
 
 def train_run(
@@ -121,7 +139,6 @@ def train_run(
     record: dict[str, Any],
     *,
     time_limit: float | None,
-    log_with: tuple[str, ...] = (),
     progress: Progress,
 ) -> dict[str, Any]:
     """Make every block, or go on with the first that is not; the fields of `distill.train_run`.

@@ -22,7 +22,7 @@ from ternq.page import page, steps_of
 from ternq.perplexity import give_back
 from ternq.prepared import perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.recipe import Recipe, refuse_scratch, untrained
+from ternq.recipe import Recipe, flag, refuse_scratch, untrained
 from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
@@ -64,7 +64,7 @@ def ternarize(
     refuse_scratch(recipe)
     recipe = untrained(recipe)
     baseline.check(recipe, embeddings, keep_dtype)
-    run = out.with_name(out.name + ".run")
+    run = runs.of_artefact(out)
     asked = _request(recipe, keep_dtype, embeddings, tasks, limit)
     # a command that ended between packing and its report goes on, and packs once more
     half = (run / origin.RUN_FILE).is_file() and _made(out, asked)
@@ -99,12 +99,16 @@ def ternarize(
         by_blocks = isinstance(prepared, streamed.Streamed)
         rounds = recipe.only_rounds
         how: Any = streamed if by_blocks else baseline if rounds else distill
-        trained = how.train_run(
-            prepared, run, record, time_limit=time_limit, log_with=log_with, progress=progress
-        )
+        given: dict[str, Any] = {"time_limit": time_limit, "log_with": log_with}
+        read = [] if how is baseline else [*given] if how is distill else ["time_limit"]
+        unread = {name: given.pop(name) for name in sorted(given.keys() - read)}
+        unread |= {} if tasks else {"limit": limit, "data_dir": data_dir}
+        _say_unread(unread, prepared, progress)
+        trained = how.train_run(prepared, run, record, progress=progress, **given)
         if not processes.is_main():
             return dict(trained)
-        if prepared.recipe.training.cache_teacher:  # its decoder was dropped, and is needed again
+        if how is distill and prepared.recipe.training.cache_teacher:
+            # its decoder was dropped, and is needed again
             prepared.teacher = hf.load(
                 prepared.teacher.source,
                 dtype=torch.float32,
@@ -164,6 +168,23 @@ def ternarize(
         write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
         runs.remove(run)
         return report
+
+
+_UNREAD = {
+    "time_limit": "a baseline is made in one piece",
+    "log_with": "there are no steps of training end to end",
+    "limit": "there are no --tasks",
+    "data_dir": "there are no --tasks",
+}
+
+
+def _say_unread(unread: dict[str, Any], prepared: Any, progress: Progress) -> None:
+    """Note the options that were given and that nothing of this command reads."""
+    for name, value in unread.items():
+        if value not in (None, ()):
+            said = f"{flag(name)} changes nothing: {_UNREAD[name]}."
+            prepared.notes.append(said)
+            progress(Event("plan", said))
 
 
 def check(

@@ -66,11 +66,6 @@ def read_documents(
     return open_source(spec, offline, progress)(seed)
 
 
-def whole_text(spec: str) -> str:
-    """All text of a local file or folder, in order; documents are joined by a blank line."""
-    return whole_documents(spec)[0]
-
-
 def whole_documents(spec: str) -> tuple[str, list[str]]:
     """All text of a local file or folder, in order; and its documents.
 

@@ -3,7 +3,8 @@
 Plain on purpose. The devices are Accelerate's, the optimizer is AdamW (`ternq.optimize`); what is
 ours is the loss (`ternq.objective`), the diagnostics of ternary training (`ternq.watch`) and a
 checkpoint that continues to the same bits (`ternq.snapshots`). Nothing in the loop draws random
-numbers: dropout is off, and the text is a stream that is skipped to its place.
+numbers but what follows from seed and step (`ternq.optimize.take_step`): dropout is off, and the
+text is a stream that is skipped to its place.
 """
 
 import json

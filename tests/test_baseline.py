@@ -221,6 +221,12 @@ def test_contradictions_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_rounding_does_not_read_is_said(source: Path, text: Path, tmp_path: Path) -> None:
+    asked = recipe(source, text, "rtn")
+    found = ternarize(str(source), tmp_path / "out", asked, offline=True, time_limit=60.0)
+    assert "--time-limit changes nothing: a baseline is made in one piece." in found["notes"]
+
+
 def test_distil_trains_and_does_not_round(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="only rounds: there is nothing to train"):
         distill.distill(str(source), tmp_path / "run", recipe(source, text, "gptq"), offline=True)

@@ -309,7 +309,7 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "empty": torch.zeros(0, 4),
     }
-    save_tensors(tensors, tmp_path / "x.safetensors", {"why": "test"})
+    save_tensors(tensors, tmp_path / "x.safetensors")
     loaded = load_tensors(tmp_path / "x.safetensors")
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():

@@ -226,6 +226,7 @@ def test_pack_and_its_verification(fake: Callable[..., Fake]) -> None:
     verb.args = ()
     assert run("pack run --plan -o packed --seed 3 --device cpu") == 0
     assert verb.args == ("run", Path("packed")) and verb.options["plan"]
+    assert run("pack run -o packed --trust-remote-code") == 0
     assert cli.run(["pack", ""]) == 2
     wrong = ("pack", "pack run --format zip", "pack run --group-size 0", "pack --verify x -o y")
     wrong += ("pack --verify x --plan",)

@@ -64,7 +64,7 @@ def test_long_text_is_cut_at_blank_lines_without_loss(tmp_path: Path) -> None:
     whole = "\n\n".join(tiny.text(200, seed) for seed in range(80)) + "x" * 3 * sources.PASSAGE
     (tmp_path / "a.txt").write_text(whole)
     cut = list(sources._passages(tmp_path / "a.txt"))
-    assert "".join(cut) == whole == sources.whole_text(str(tmp_path / "a.txt"))
+    assert "".join(cut) == whole == sources.whole_documents(str(tmp_path / "a.txt"))[0]
     assert len(cut) > 4
     assert max(map(len, cut)) <= sources.PASSAGE
     assert cut[0].endswith("\n\n")
@@ -73,7 +73,7 @@ def test_long_text_is_cut_at_blank_lines_without_loss(tmp_path: Path) -> None:
 def test_whole_text_keeps_the_order(tmp_path: Path) -> None:
     jsonl(tmp_path / "b.jsonl", ["one", "two"])
     (tmp_path / "c.txt").write_text("three")
-    assert sources.whole_text(str(tmp_path)) == "one\n\ntwo\n\nthree"
+    assert sources.whole_documents(str(tmp_path))[0] == "one\n\ntwo\n\nthree"
 
 
 def test_a_local_folder_in_the_hubs_layout_is_streamed(tmp_path: Path) -> None:

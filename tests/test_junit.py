@@ -6,6 +6,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from ternq.boundary import UsageMistake
 from ternq.errors import GateError, InputError, StoppedError, TernqError
 from ternq.junit import junit
 
@@ -77,6 +78,7 @@ def test_a_failed_gate_is_a_failure_and_no_error_beside_it() -> None:
     [
         (InputError("There is no model 'x'.", "Name one."), "InputError", 3),
         (StoppedError("Stopped by SIGTERM."), "StoppedError", 75),
+        (UsageMistake("No such option."), "UsageError", 2),
     ],
 )
 def test_a_command_that_broke_off_is_an_error(error: TernqError, kind: str, code: int) -> None:

@@ -309,6 +309,27 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(
     assert not small["fits"] and "are free" in small["reason"]
 
 
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("gguf", Options(encoding="nonsense")),
+        ("dense", Options(encoding="Q4_1")),
+        ("mlx", Options(encoding="Q4_1")),
+        ("dense", Options(exact=True)),
+        ("compressed-tensors", Options()),  # the model has shifts
+    ],
+)
+def test_a_plan_refuses_what_a_format_would(
+    shared: Path, tmp_path: Path, format: str, options: Options
+) -> None:
+    said = []
+    for plan in (True, False):
+        with pytest.raises(RecipeError) as told:
+            pack(str(shared), tmp_path / "out", format=format, options=options, plan=plan)
+        said.append(told.value.message)
+    assert said[0] == said[1]
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "free_disk", lambda _: 10)
     with pytest.raises(ResourceError, match="are free"):
@@ -404,6 +425,7 @@ def test_proof_sees_a_forward_pass_that_is_not_the_student(
         {"embeddings": "int4"},
         {"options": Options(lossy=True)},
         {"options": Options(encoding="float32")},
+        {"options": Options(exact=True, lossy=True), "format": "mlx"},
         {"format": "mlx", "embeddings": "int8"},
         {"format": "dense", "keep_dtype": True},
     ],

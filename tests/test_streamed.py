@@ -13,7 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ternq import budget, calibrate, checkpoint, corpus, distill, hf, runs, states, stop, streamed
+from ternq import (
+    budget,
+    calibrate,
+    checkpoint,
+    cli,
+    corpus,
+    distill,
+    hf,
+    runs,
+    states,
+    stop,
+    streamed,
+    trackers,
+)
 from ternq.calibrate import compensated_start, run
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.footprint import Footprint
@@ -391,6 +404,33 @@ def test_a_plan_says_how_long_it_takes(source: Path, text: Path, tmp_path: Path)
     )
     assert rounded["training"]["steps"] == 0
     assert rounded["training"]["seconds"] > 0
+
+
+def test_a_plan_looks_at_the_text(source: Path, text: Path, tmp_path: Path) -> None:
+    for data, kind, said in (
+        (str(tmp_path / "none.txt"), InputError, "none.txt"),
+        ("self", RecipeError, "cannot write its own text"),
+    ):
+        recipe = by_blocks(source, Path(data))
+        with pytest.raises(kind, match=said):
+            plan(str(source), recipe, out=tmp_path / "out")
+    command = ["distill", str(source), "-o", str(tmp_path / "run"), "--block-by-block", "--plan"]
+    assert cli.run([*command, "--data", str(text)]) == 2  # there is no student to train
+
+
+def test_what_is_not_read_block_by_block_is_said(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "check", lambda names: None)  # it may not be installed
+    recipe = by_blocks(source, text, calibration=2, cache_teacher=True)
+    found = ternarize(
+        str(source), tmp_path / "out", recipe, offline=True, log_with=("tensorboard",), limit=3
+    )
+    notes = " ".join(found["notes"])
+    for name in ("--cache-teacher", "--log-with", "--limit"):
+        assert f"{name} changes nothing: " in notes
+    assert "--time-limit" not in notes
+    assert "32 tokens of calibration are" in notes  # fewer than a layer has inputs
 
 
 def test_a_plan_without_weights_says_that_no_time_is_known(

@@ -4,7 +4,8 @@ A format is a function ``export(source, folder, options, progress)`` that writes
 staging folder what the other program loads, has that program's own reader (or, where it is not
 installed, ours, which is said) give back every tensor, and compares. It raises `RecipeError` for a
 model that the format cannot hold, naming the nearest format that can, and `VerificationError` if
-what it reads back is not what it wrote.
+what it reads back is not what it wrote. ``check(source, options)`` raises the first for whatever
+can be known from shapes and the first layer, for a plan.
 """
 
 import importlib
@@ -20,9 +21,9 @@ MODULES = {
 """Name of a format on the command line -> the module that writes it."""
 
 
-def function(format: str) -> Any:
-    """The ``export`` of a format."""
-    return importlib.import_module(MODULES[format]).export
+def module(format: str) -> Any:
+    """The module of a format, with its ``export`` and ``check``."""
+    return importlib.import_module(MODULES[format])
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Options:
     """How an export may be made.
 
     ``exact`` refuses any rounding; ``lossy`` allows a format that loses more than one rounding.
-    ``encoding`` is a GGUF type, or None for the one that fits.
+    ``encoding`` is a GGUF type, elsewhere the type of what is stored; None: the one that fits.
     """
 
     exact: bool = False

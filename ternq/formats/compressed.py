@@ -106,6 +106,15 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
+def check(source: Source, options: Options) -> None:
+    """Refuse what `export` would, as far as the first layer tells."""
+    _installed()
+    folders.refuse_transposed(source, "and compressed-tensors compresses nn.Linear only")
+    dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "compressed-tensors")
+    first = source.modules[0]
+    _layer(source, first, common_size(source.size(first)[0], source.group_size), dtype, options)
+
+
 def _layout(shapes: Shapes, sizes: Sizes, dtype: torch.dtype) -> Layout:
     """Types and shapes of the tensors of all layers."""
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}

@@ -55,6 +55,12 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
+def check(source: Source, options: Options) -> None:
+    """Refuse what `export` would, as far as the first layer tells."""
+    dtype = folders.chosen_dtype(options, "bfloat16", ENCODINGS, "dense")
+    _rounded(source, source.modules[0], dtype, options)
+
+
 def _rounded(
     source: Source, module: str, dtype: torch.dtype, options: Options
 ) -> tuple[Tensor, float]:

@@ -54,6 +54,12 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
+def check(source: Source, options: Options) -> None:
+    """Refuse what `export` would, as far as configuration and shapes tell."""
+    described(source)
+    chosen(source, options)
+
+
 def chosen(source: Source, options: Options) -> tuple[dict[str, Kind], str]:
     """The type of every layer, and why, in a sentence.
 

@@ -95,6 +95,15 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
+def check(source: Source, options: Options) -> None:
+    """Refuse what `export` would, as far as all shapes and the first layer tell."""
+    folders.refuse_transposed(source, "whose weight mlx-lm transposes when it loads")
+    dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "mlx")
+    sizes = {n: _size(n, source.size(n)[0], source.group_size) for n in source.modules}
+    first = source.modules[0]
+    _layer(source, first, sizes[first], dtype, options)
+
+
 def affine(weight: TernaryWeight, dtype: torch.dtype = torch.float16) -> Affine:
     """A ternary weight in MLX's form, each group with the sign of scale that rounds less.
 
