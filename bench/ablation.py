@@ -12,6 +12,7 @@ the variant, so that variants are compared seed by seed.
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import tempfile
@@ -39,11 +40,21 @@ from variants import (
 
 from ternq import corpus, data, hf, outlines
 from ternq.calibrate import compensated_start
+from ternq.corpus import HELD_OUT_TOKENS
 from ternq.linear import prepare, ternary_layers
-from ternq.perplexity import token_perplexity
+from ternq.perplexity import BLOCK, token_perplexity
 from ternq.precision import products
 from ternq.progress import ignore
-from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Scheme, Training, default_recipe, with_rate
+from ternq.recipe import (
+    DEMO,
+    DEMO_FOLDER,
+    Recipe,
+    Scheme,
+    Training,
+    default_recipe,
+    display_name,
+    with_rate,
+)
 from ternq.train import Trainer
 
 BASE = "as it is"
@@ -102,6 +113,10 @@ VARIANTS = {
     "scale lr 1e-2": _trained(scale_lr=1e-2),
     "first scale: mean |w|": Variant(within=_instead(fit=mean_scale)),
     "start compensated": _trained(start="compensated"),
+    "start compensated, no shift": Variant({"shift": False}, {"start": "compensated"}),
+    "start compensated, group 64, no shift": Variant(
+        {"shift": False, "group_size": 64}, {"start": "compensated"}
+    ),
     "start reconstructed": Variant(training=RECONSTRUCTED),
     "start reconstructed, lr 1e-3": Variant(training=RECONSTRUCTED | {"lr": 1e-3}),
     "start reconstructed, scales": Variant(training=RECONSTRUCTED | {"train": "scales"}),
@@ -115,35 +130,51 @@ class Setting:
 
     model: str
     teacher: hf.Loaded
-    dev: torch.Tensor
-    data: tuple[str, ...]
+    data: tuple[str, ...]  # the demo has its own
     training: Training
+    seed: int
+
+    @functools.cached_property
+    def dev(self) -> torch.Tensor:
+        """The text to judge by: the demo's own, or what is held out of the training text."""
+        if self.data:
+            return self._split()[0].flatten()
+        documents = list(data.read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
+        ids = [i for d in data.encode(documents, self.teacher.tokenizer) for i in d]
+        return torch.tensor(ids)
+
+    def _split(self) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
+        length = self.training.sequence_length
+        return data.split_held_out(self.data, self.teacher.tokenizer, length,
+                                   HELD_OUT_TOKENS // length, seed=self.seed)  # fmt: skip
 
     def perplexity(self, model: Any) -> float:
         """Of the development text."""
-        length = outlines.max_length(self.teacher.model)
+        length = min(BLOCK, outlines.max_length(self.teacher.model))
         return float(token_perplexity(model, self.dev, length)["token_perplexity"])
 
-    def blocks(self, training: Training, seed: int) -> Iterator[torch.Tensor]:
-        """The training text of a seed; a teacher that writes its own does so without that text."""
+    def blocks(self, training: Training) -> Iterator[torch.Tensor]:
+        """The training text; a teacher that writes its own does so without that text."""
         if training.data:
-            recipe = Recipe(model=self.model, training=training, seed=seed)
+            recipe = Recipe(model=self.model, training=training, seed=self.seed)
             opened = corpus.corpus(self.teacher, recipe, training.data, offline=True,
                                    progress=ignore, cache=None)  # fmt: skip
-            yield from opened.blocks
-        texts = data.mixed(list(self.data), seed=seed)
-        yield from data.blocks(texts, self.teacher.tokenizer, training.sequence_length)
+            return opened.blocks
+        if self.data:
+            return self._split()[1]
+        texts = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=self.seed)
+        return data.blocks(texts, self.teacher.tokenizer, training.sequence_length)
 
 
-def run(name: str, setting: Setting, seed: int) -> dict[str, float]:
+def run(name: str, setting: Setting) -> dict[str, float]:
     """Train one variant; perplexities of the development text, and seconds of training."""
-    variant = VARIANTS[name]
+    variant, seed = VARIANTS[name], setting.seed
     training = with_rate(replace(setting.training, **variant.training), ternary=False)
     within: AbstractContextManager[None] = variant.within()
     with within, tempfile.TemporaryDirectory() as folder:
         student = copy.deepcopy(setting.teacher.model).requires_grad_(True)
         prepare(student, replace(Scheme(), **variant.scheme), training.ste)
-        began, blocks = time.monotonic(), setting.blocks(training, seed)
+        began, blocks = time.monotonic(), setting.blocks(training)
         if training.calibrated:
             ids = torch.stack(list(islice(blocks, training.calibration)))
             compensated_start(student, ids, seed=seed, autocast=products(training, ids.device),
@@ -152,8 +183,10 @@ def run(name: str, setting: Setting, seed: int) -> dict[str, float]:
         trainer = Trainer(student=student, teacher=setting.teacher.model, blocks=blocks,
                           settings=training, steps=training.steps or 0, folder=Path(folder),
                           progress=ignore, seed=seed)  # fmt: skip
-        trainer.run()
-        found = {"untrained": untrained, "student": setting.perplexity(student)}
+        if trainer.steps:
+            trainer.run()
+        trained = setting.perplexity(student) if trainer.steps else untrained
+        found = {"untrained": untrained, "student": trained}
         found["seconds"] = round(time.monotonic() - began, 1)
         if name == BASE:
             for layer in ternary_layers(student).values():
@@ -193,10 +226,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a run")
     parser.add_argument("--only", nargs="+", default=[""], help="Variants whose names begin so.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, help="Of training; the demo's by default.")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--calibration", type=int, default=64, help="Blocks for a start.")
     parser.add_argument("--model", default=DEMO)
-    parser.add_argument("--data", nargs="+", default=[str(DEMO_FOLDER / "train.jsonl.xz")])
-    parser.add_argument("--dev", default=str(DEMO_FOLDER / "dev.jsonl.xz"), help="To judge by.")
+    parser.add_argument("--data", nargs="+", default=[], help="Text, for another than the demo.")
     parser.add_argument("--table", action="store_true", help="Print it, and run nothing.")
     args = parser.parse_args()
     if args.table:
@@ -204,18 +237,17 @@ def main() -> None:
         return
     teacher = hf.load(args.model, offline=True)
     teacher.model.requires_grad_(False)
-    documents = list(data.read_documents(args.dev))
-    dev = torch.tensor([i for d in data.encode(documents, teacher.tokenizer) for i in d])
-    training = default_recipe(DEMO).training
-    training = replace(training, lr=1e-3, steps=args.steps or training.steps)
-    setting = Setting(args.model, teacher, dev, tuple(args.data), training)
-    about = {"model": args.model, "steps": training.steps}
-    about["teacher"] = setting.perplexity(teacher.model)
+    training = replace(default_recipe(DEMO).training, lr=1e-3, steps=args.steps,
+                       calibration=args.calibration)  # fmt: skip
+    about = {"model": display_name(args.model), "steps": args.steps,
+             "calibration": args.calibration}  # fmt: skip
     for seed in args.seeds:
+        setting = Setting(args.model, teacher, tuple(args.data), training, seed)
+        own = about | {"teacher": setting.perplexity(teacher.model), "seed": seed}
         for name in VARIANTS:
-            key = about | {"name": name, "seed": seed}
+            key = own | {"name": name}
             if name.startswith(tuple(args.only)) and not _stands(args.out, key):
-                line = key | run(name, setting, seed)
+                line = key | run(name, setting)
                 with args.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(f"{name:34} {seed} {line['student']:9.3f}  ({line['seconds']} s)", flush=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ternq import budget, checkpoint, hf, outlines, pace, scratch, streamed
-from ternq.errors import InputError, RecipeError
+from ternq.errors import InputError
 from ternq.prepared import fitting, prepare_run
-from ternq.processes import Crew
+from ternq.processes import Crew, refuse_uneven
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe
 from ternq.student import student_of
@@ -49,12 +49,7 @@ def plan(
         ResourceError: no strategy fits; it says how much is missing.
     """
     scratch.check(recipe, teacher)
-    if devices and recipe.training.batch_size % devices:
-        raise RecipeError(
-            f"--batch-size {recipe.training.batch_size} cannot be shared evenly among {devices} "
-            "devices.",
-            "Name a multiple.",
-        )
+    refuse_uneven(recipe.training.batch_size, devices, "devices")
     checkpoint.check_output(out, overwrite)
     resident, starting = budget.resident(), budget.age()
     built = outlines.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)

@@ -149,11 +149,12 @@ def share(batch: "Tensor") -> "Tensor":
     return batch.chunk(count())[rank()]
 
 
-def refuse_uneven(batch_size: int) -> None:
-    """`RecipeError` if a batch cannot be shared: gradients are means of equal shares."""
-    if batch_size % count():
+def refuse_uneven(batch_size: int, many: int | None = None, who: str = "processes") -> None:
+    """`RecipeError` if so ``many`` cannot share a batch: gradients are means of equal shares."""
+    many = many or count()
+    if batch_size % many:
         raise RecipeError(
-            f"--batch-size {batch_size} cannot be shared evenly among {count()} processes.",
+            f"--batch-size {batch_size} cannot be shared evenly among {many} {who}.",
             "Blocks of one step are shared among them; name a multiple.",
         )
 
