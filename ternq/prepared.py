@@ -207,7 +207,8 @@ def fitting(
     else:
         training = _as_begun(training, record)
         notes += [f"Strategy: {budget.BY_BLOCKS}."] if training.block_by_block else []
-    asked = replace(asked, block_by_block=training.block_by_block)
+    # of what was chosen no more than decides what is read: the rest was not asked for
+    asked = replace(asked, block_by_block=training.block_by_block, train=training.train)
     notes += idle(replace(recipe, training=asked))
     return replace(recipe, training=with_rate(training, ternary)), counted, notes
 
