@@ -78,12 +78,13 @@ def _trained(**settings: Any) -> Variant:
     return Variant(training=settings)
 
 
+FINE = {"group_size": 64, "shift": False}  # as many bits as groups of 128 with a shift
 RECONSTRUCTED = {"start": "reconstructed", "lr": None}
 VARIANTS = {
     BASE: Variant(),
     "no shift": Variant({"shift": False}),
     "group 64": Variant({"group_size": 64}),
-    "group 64, no shift": Variant({"group_size": 64, "shift": False}),  # as many bits as the base
+    "group 64, no shift": Variant(FINE),
     "group 256": Variant({"group_size": 256}),
     "group: the row": Variant({"group_size": 640}),
     "threshold 0.5": Variant(within=_instead(threshold(0.5))),
@@ -113,9 +114,11 @@ VARIANTS = {
     "scale lr 1e-2": _trained(scale_lr=1e-2),
     "first scale: mean |w|": Variant(within=_instead(fit=mean_scale)),
     "start compensated": _trained(start="compensated"),
+    "start compensated, scales": _trained(start="compensated", train="scales"),
     "start compensated, no shift": Variant({"shift": False}, {"start": "compensated"}),
-    "start compensated, group 64, no shift": Variant(
-        {"shift": False, "group_size": 64}, {"start": "compensated"}
+    "start compensated, group 64, no shift": Variant(FINE, {"start": "compensated"}),
+    "start compensated, group 64, no shift, scales": Variant(
+        FINE, {"start": "compensated", "train": "scales"}
     ),
     "start reconstructed": Variant(training=RECONSTRUCTED),
     "start reconstructed, lr 1e-3": Variant(training=RECONSTRUCTED | {"lr": 1e-3}),
@@ -210,7 +213,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         own = found[name]
         if not own:
             continue
-        cells = [name, str(len(own)), f"{statistics.mean(own.values()):.2f}"]
+        cells = [name.replace("|", "\\|"), str(len(own)), f"{statistics.mean(own.values()):.2f}"]
         off = [100 * (own[seed] / base[seed] - 1) for seed in own if seed in base]
         if name == BASE:
             spread = (f"{v:.2f}" for v in (min(own.values()), max(own.values())))

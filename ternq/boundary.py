@@ -172,9 +172,8 @@ def _shown(session: Session) -> Payload:
 
 
 def _worse(error: TernqError | None, caught: BaseException) -> TernqError:
-    """The error that ends the command: a bug goes before all, what cannot be written before 5."""
-    said = _in_words(caught)
-    return said if error is None or isinstance(error, GateError) or said.exit_code == 1 else error
+    """The error that ends the command: a report that cannot be written (4) goes before a gate."""
+    return _in_words(caught) if error is None or isinstance(error, GateError) else error
 
 
 def _named(option: str, arguments: Sequence[str]) -> Path | None:

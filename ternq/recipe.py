@@ -346,7 +346,7 @@ def idle(recipe: Recipe) -> list[str]:
         names = (*_END_TO_END, *_BLOCKS, *_STEPS, "start", "rank")
         unread |= dict.fromkeys(names, f"--method {method} only rounds")
     elif training.block_by_block:
-        unread |= dict.fromkeys(_END_TO_END, "nothing is trained end to end")
+        unread |= dict.fromkeys(("tokens", "steps", *_END_TO_END), "nothing is trained end to end")
     elif 0 in (training.tokens, training.steps):
         unread |= dict.fromkeys(_LOSS, "nothing is trained end to end")
     if not training.passes and training.start != "reconstructed":

@@ -71,9 +71,7 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
             forbids, or a layer that is not ``nn.Linear``.
         VerificationError: the library reads something else than was written.
     """
-    version = _installed()
-    folders.refuse_transposed(source, "and compressed-tensors compresses nn.Linear only")
-    dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "compressed-tensors")
+    version, dtype = _installed(), check(source, options)
     skeleton = folders.begin(source, folder, dtype)
     others = folders.others_of(source, skeleton, dtype, options)
     shapes = {n: tuple(skeleton.get_submodule(n).weight.shape) for n in source.modules}
@@ -106,13 +104,14 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
-def check(source: Source, options: Options) -> None:
-    """Refuse what `export` would, as far as the first layer tells."""
+def check(source: Source, options: Options) -> torch.dtype:
+    """The type of the scales; refuses what `export` would, as far as the first layer tells."""
     _installed()
     folders.refuse_transposed(source, "and compressed-tensors compresses nn.Linear only")
     dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "compressed-tensors")
     first = source.modules[0]
     _layer(source, first, common_size(source.size(first)[0], source.group_size), dtype, options)
+    return dtype
 
 
 def _layout(shapes: Shapes, sizes: Sizes, dtype: torch.dtype) -> Layout:

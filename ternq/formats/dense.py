@@ -29,7 +29,7 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
         RecipeError: no such encoding, a value beyond it, or rounding that ``exact`` forbids.
         VerificationError: what is read is not what was written.
     """
-    dtype = folders.chosen_dtype(options, "bfloat16", ENCODINGS, "dense")
+    dtype = check(source, options)
     skeleton = folders.begin(source, folder, dtype)
     others = folders.others_of(source, skeleton, dtype, options)
     state = skeleton.state_dict()
@@ -55,10 +55,11 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
-def check(source: Source, options: Options) -> None:
-    """Refuse what `export` would, as far as the first layer tells."""
+def check(source: Source, options: Options) -> torch.dtype:
+    """The type of the file; refuses what `export` would, as far as the first layer tells."""
     dtype = folders.chosen_dtype(options, "bfloat16", ENCODINGS, "dense")
     _rounded(source, source.modules[0], dtype, options)
+    return dtype
 
 
 def _rounded(

@@ -65,8 +65,7 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
             by more than `BOUND` without ``lossy``, or at all with ``exact``.
         VerificationError: what is read is not what was written.
     """
-    folders.refuse_transposed(source, "whose weight mlx-lm transposes when it loads")
-    dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "mlx")
+    dtype = check(source, options)
     skeleton = folders.begin(source, folder, dtype)
     shapes = {n: tuple(skeleton.get_submodule(n).weight.shape) for n in source.modules}
     sizes = {n: _size(n, shape[1], source.group_size) for n, shape in shapes.items()}
@@ -95,13 +94,14 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
     )
 
 
-def check(source: Source, options: Options) -> None:
-    """Refuse what `export` would, as far as all shapes and the first layer tell."""
+def check(source: Source, options: Options) -> torch.dtype:
+    """The type of the file; refuses what `export` would, by all shapes and the first layer."""
     folders.refuse_transposed(source, "whose weight mlx-lm transposes when it loads")
     dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "mlx")
     sizes = {n: _size(n, source.size(n)[0], source.group_size) for n in source.modules}
     first = source.modules[0]
     _layer(source, first, sizes[first], dtype, options)
+    return dtype
 
 
 def affine(weight: TernaryWeight, dtype: torch.dtype = torch.float16) -> Affine:
