@@ -2,7 +2,7 @@
 
     python bench/ablation.py --out ablation.jsonl --seeds 0 1 2
     python bench/ablation.py --out ablation.jsonl --only "lr" "no shift"   # names that begin so
-    python bench/ablation.py --out ablation.jsonl --table                  # what stands there
+    python bench/ablation.py --out ablation.jsonl --table  # what stands there, of these settings
 
 The judge is the development text, which neither the teacher nor any student was trained on; the
 held-out text is left for the result. Variants are made by the demo's settings and one change. What
@@ -220,6 +220,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             cells += ["", f"{', '.join(spread)} (perplexity)"]
         elif off:
             cells += [f"{statistics.mean(off):+.1f}", f"{min(off):+.1f}, {max(off):+.1f}"]
+        else:
+            cells += ["", ""]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
@@ -235,22 +237,23 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], help="Text, for another than the demo.")
     parser.add_argument("--table", action="store_true", help="Print it, and run nothing.")
     args = parser.parse_args()
+    about = {"model": display_name(args.model), "steps": args.steps,
+             "calibration": args.calibration}  # fmt: skip
     if args.table:
-        print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+        lines = map(json.loads, args.out.read_text().splitlines())
+        print(table([line for line in lines if about.items() <= line.items()]))
         return
     teacher = hf.load(args.model, offline=True)
     teacher.model.requires_grad_(False)
     training = replace(default_recipe(DEMO).training, lr=1e-3, steps=args.steps,
                        calibration=args.calibration)  # fmt: skip
-    about = {"model": display_name(args.model), "steps": args.steps,
-             "calibration": args.calibration}  # fmt: skip
     for seed in args.seeds:
         setting = Setting(args.model, teacher, tuple(args.data), training, seed)
-        own = about | {"teacher": setting.perplexity(teacher.model), "seed": seed}
+        full = setting.perplexity(teacher.model)
         for name in VARIANTS:
-            key = own | {"name": name}
+            key = about | {"seed": seed, "name": name}
             if name.startswith(tuple(args.only)) and not _stands(args.out, key):
-                line = key | run(name, setting)
+                line = key | {"teacher": full} | run(name, setting)
                 with args.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(f"{name:34} {seed} {line['student']:9.3f}  ({line['seconds']} s)", flush=True)

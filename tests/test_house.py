@@ -1,6 +1,7 @@
 """The house's own rules: floors, doors, what is public, and documents that tell the truth."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -29,6 +30,7 @@ MODULES = sorted(filter(None, FILES))
 VERBS = {"distill", "pack", "evaluate", "generate"}
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     """What a module imports anywhere, functions included, as dotted names."""
     found: set[str] = set()

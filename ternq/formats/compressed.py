@@ -109,8 +109,9 @@ def check(source: Source, options: Options) -> torch.dtype:
     _installed()
     folders.refuse_transposed(source, "and compressed-tensors compresses nn.Linear only")
     dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "compressed-tensors")
-    first = source.modules[0]
-    _layer(source, first, common_size(source.size(first)[0], source.group_size), dtype, options)
+    for first in source.modules[:1]:
+        size = common_size(source.size(first)[0], source.group_size)
+        _layer(source, first, size, dtype, options)
     return dtype
 
 

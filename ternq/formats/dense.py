@@ -58,7 +58,8 @@ def export(source: Source, folder: Path, options: Options, progress: Progress) -
 def check(source: Source, options: Options) -> torch.dtype:
     """The type of the file; refuses what `export` would, as far as the first layer tells."""
     dtype = folders.chosen_dtype(options, "bfloat16", ENCODINGS, "dense")
-    _rounded(source, source.modules[0], dtype, options)
+    for first in source.modules[:1]:  # of a model that is not ternary there is none
+        _rounded(source, first, dtype, options)
     return dtype
 
 

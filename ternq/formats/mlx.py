@@ -99,8 +99,8 @@ def check(source: Source, options: Options) -> torch.dtype:
     folders.refuse_transposed(source, "whose weight mlx-lm transposes when it loads")
     dtype = folders.chosen_dtype(options, "float16", ENCODINGS, "mlx")
     sizes = {n: _size(n, source.size(n)[0], source.group_size) for n in source.modules}
-    first = source.modules[0]
-    _layer(source, first, sizes[first], dtype, options)
+    for first in source.modules[:1]:
+        _layer(source, first, sizes[first], dtype, options)
     return dtype
 
 
