@@ -176,6 +176,7 @@ metric_list: [{{metric: word_perplexity}}]
 """
 
 
+@pytest.mark.slow
 def test_the_stock_lm_eval_command(demo: Demo, tmp_path: Path) -> None:
     """Not ternq's: lm-eval's own program, which trusts the folder's code and has no ternq."""
     model = demo.folder / "demo-ternary"
