@@ -84,7 +84,7 @@ def reconstruct(
             learned.step()
             learned.zero_grad()
     outputs = _outputs(block, calls, autocast)
-    after = _mean(map(distance, outputs, targets))
+    after = _mean(outputs, targets)
     if not after < before:
         for parameter, value in zip(parameters, began, strict=True):
             parameter.copy_(value)
@@ -101,11 +101,12 @@ def mean_distance(
 ) -> float:
     """`distance` of what a block puts out, mean over calls."""
     with rounded_once(block), autocast:
-        return _mean(distance(c.run(block), t) for c, t in zip(calls, targets, strict=True))
+        return _mean((call.run(block) for call in calls), targets)
 
 
-def _mean(distances: Iterable[Tensor]) -> float:
-    return float(torch.stack(list(distances)).mean())
+def _mean(outputs: Iterable[Tensor], targets: list[Tensor]) -> float:
+    pairs = zip(outputs, targets, strict=True)
+    return float(torch.stack([distance(output, target) for output, target in pairs]).mean())
 
 
 def _outputs(

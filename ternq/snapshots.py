@@ -146,7 +146,8 @@ def write(run: Path, step: int, tensors: Tensors, record: dict[str, Any], keep: 
             about = {"checkpoint_format": FORMAT, "version": ternq.__version__, **record}
             checkpoint.write_manifest(staged, about, STATE)
         except Exception:
-            shutil.rmtree(staged, ignore_errors=True)  # the room may be missed elsewhere
+            # Raised on whatever it is; half a checkpoint would only take room from a whole one.
+            shutil.rmtree(staged, ignore_errors=True)
             raise
         sync(run / METRICS)
         if final.exists():

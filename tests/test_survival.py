@@ -35,7 +35,15 @@ def disturbed(verb: str, way: str, count: int = 0, start: str = "closed-form") -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("way", "count"), [("kill", 5), ("point", 3)])
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [
+        ("kill", 5),
+        ("point", 3),
+        pytest.param("kill", 10, marks=pytest.mark.slow),
+        pytest.param("point", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_instant(way: str, count: int) -> None:
     assert disturbed("distill", way, count)[way] == count
 
