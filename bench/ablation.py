@@ -79,6 +79,7 @@ def _trained(**settings: Any) -> Variant:
 
 
 FINE = {"group_size": 64, "shift": False}  # as many bits as groups of 128 with a shift
+SCALES = {"start": "compensated", "train": "scales"}
 RECONSTRUCTED = {"start": "reconstructed", "lr": None}
 VARIANTS = {
     BASE: Variant(),
@@ -114,12 +115,15 @@ VARIANTS = {
     "scale lr 1e-2": _trained(scale_lr=1e-2),
     "first scale: mean |w|": Variant(within=_instead(fit=mean_scale)),
     "start compensated": _trained(start="compensated"),
-    "start compensated, scales": _trained(start="compensated", train="scales"),
+    "start compensated, scales": Variant(training=SCALES),
+    "start compensated, scales, no shift": Variant({"shift": False}, SCALES),
+    "start compensated, scales, features: none": _trained(**SCALES, off=0.0),
+    "start compensated, scales, logits: none": _trained(**SCALES, kl=0.0),
+    "start compensated, scales, KL and CE 0.5": _trained(**SCALES, ce=0.5),
+    "start compensated, scales, lr 3e-3": _trained(**SCALES, lr=3e-3),
     "start compensated, no shift": Variant({"shift": False}, {"start": "compensated"}),
     "start compensated, group 64, no shift": Variant(FINE, {"start": "compensated"}),
-    "start compensated, group 64, no shift, scales": Variant(
-        FINE, {"start": "compensated", "train": "scales"}
-    ),
+    "start compensated, group 64, no shift, scales": Variant(FINE, SCALES),
     "start reconstructed": Variant(training=RECONSTRUCTED),
     "start reconstructed, lr 1e-3": Variant(training=RECONSTRUCTED | {"lr": 1e-3}),
     "start reconstructed, scales": Variant(training=RECONSTRUCTED | {"train": "scales"}),
@@ -198,15 +202,15 @@ def run(name: str, setting: Setting) -> dict[str, float]:
     return found
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: the mean over seeds, and the difference to the base, seed by seed."""
+def table(lines: list[dict[str, Any]], compared: str) -> str:
+    """Markdown: the mean over seeds, and the difference to one variant, seed by seed."""
     names = [*VARIANTS, DROPPED]
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     for line in lines:
         found[line["name"]][line["seed"]] = line["student"]
         if DROPPED in line:
             found[DROPPED][line["seed"]] = line[DROPPED]
-    base = found[BASE]
+    base = found[compared]
     text = ["| changed | seeds | development perplexity | difference, % | from, to |",
             "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
     for name in names:
@@ -215,7 +219,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             continue
         cells = [name.replace("|", "\\|"), str(len(own)), f"{statistics.mean(own.values()):.2f}"]
         off = [100 * (own[seed] / base[seed] - 1) for seed in own if seed in base]
-        if name == BASE:
+        if name == compared:
             spread = (f"{v:.2f}" for v in (min(own.values()), max(own.values())))
             cells += ["", f"{', '.join(spread)} (perplexity)"]
         elif off:
@@ -236,12 +240,13 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--data", nargs="+", default=[], help="Text, for another than the demo.")
     parser.add_argument("--table", action="store_true", help="Print it, and run nothing.")
+    parser.add_argument("--base", default=BASE, help="The variant that others are compared with.")
     args = parser.parse_args()
     about = {"model": display_name(args.model), "steps": args.steps,
              "calibration": args.calibration}  # fmt: skip
     if args.table:
         lines = map(json.loads, args.out.read_text().splitlines())
-        print(table([line for line in lines if about.items() <= line.items()]))
+        print(table([line for line in lines if about.items() <= line.items()], args.base))
         return
     teacher = hf.load(args.model, offline=True)
     teacher.model.requires_grad_(False)

@@ -67,7 +67,7 @@ class Memory:
         return {"needed": self.needed, "free": self.free} | parts
 
 
-def resident() -> int:
+def own_bytes() -> int:
     """Bytes that the program itself holds: now, and the libraries that it imports on the way."""
     import psutil
 

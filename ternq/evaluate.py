@@ -36,7 +36,6 @@ def evaluate(
     models: str | Loaded | Sequence[str | Loaded],
     *,
     tasks: str | Sequence[str] = ("wikitext",),
-    text: Sequence[str | Path] = (),
     baseline: str | Loaded | None = None,
     limit: Limit = None,
     num_fewshot: int | None = None,
@@ -78,7 +77,7 @@ def evaluate(
     tasks = tasks.split(",") if isinstance(tasks, str) else tasks
     _check(limit, max_length, batch_size, num_fewshot)
     stored = _stored(baseline)
-    jobs = jobs or load_jobs((*tasks, *map(str, text)), data_dir, offline, progress)
+    jobs = jobs or load_jobs(tasks, data_dir, offline, progress)
     if not jobs or not models:
         raise RecipeError("Nothing to evaluate.", "Name a model and a task.")
     world = World(device, dtype, offline, trust_remote_code, int8_activations)

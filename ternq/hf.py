@@ -284,6 +284,8 @@ def _weights(
     from transformers import AutoModelForCausalLM
 
     extra = {} if "gguf_file" in options else {"use_safetensors": True, "config": config}
+    # transformers looks for an adapter beside the weights, and there it forgets what options say
+    extra["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}
     found: Any = AutoModelForCausalLM.from_pretrained(
         where, dtype=dtype, output_loading_info=True, **extra, **options
     )

@@ -51,7 +51,7 @@ def plan(
     scratch.check(recipe, teacher)
     refuse_uneven(recipe.training.batch_size, devices, "devices")
     checkpoint.check_output(out, overwrite)
-    resident, starting = budget.resident(), budget.age()
+    own, starting = budget.own_bytes(), budget.age()
     built = outlines.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
     crew = None if devices is None else Crew(devices, devices > 1)
@@ -74,7 +74,7 @@ def plan(
         "weights": weights,
         "dense_layers": [vars(d) for d in selection.dense],
         "notes": notes,
-        "memory": counted.to_json() | {"peak": resident + counted.needed},
+        "memory": counted.to_json() | {"peak": own + counted.needed},
         "disk": {"needed": disk, "free": free},
         "training": training,
         "seconds": None,

@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ from typing import Any
 
 import checkpoints
 import pytest
+from filelock import FileLock
 
 from ternq.kernels import build as builder
 from ternq.kernels import native
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # for the programs that tests start; of this process: `no_hub`
 
 ISAS = ("portable", "avx2", "avx512") if platform.machine() == "x86_64" else ("portable", "neon")
 ROOT = Path(__file__).parent.parent
@@ -56,6 +60,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TERNQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_hub() -> None:
+    """No test asks the hub: it would wait for answers, try again, and depend on them."""
+    from huggingface_hub import set_client_factory
+
+    class Nobody:
+        """Stands for the client of a hub."""
+
+        def request(self, *given: Any, **options: Any) -> None:
+            pytest.fail(f"asked the hub: {given} {options}")
+
+        stream = post = head = request
+
+        def get(self, *_: Any, **__: Any) -> None:
+            """It asks by itself what programs call it, before anything else."""
+            raise ConnectionError
+
+        def close(self) -> None: ...
+
+    factory: Any = Nobody
+    set_client_factory(factory)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text to train on."""
@@ -70,11 +97,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """``demo-ternary``, two steps trained by ``examples/python_api.py``; and a text beside it."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "notes.txt").write_text((ROOT / "ternq" / "recipe.py").read_text(encoding="utf-8"))
-    made = Demo(folder, "").run("python", str(ROOT / "examples" / "python_api.py"))
-    return Demo(folder, made.stdout)
+    """``demo-ternary``, two steps trained by ``examples/python_api.py``; and a text beside it.
+
+    Made once for all processes of the tests, each of which has a copy of its own.
+    """
+    own = tmp_path_factory.mktemp("demo")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "demo.lock"):
+        made, printed = shared / "demo-made", shared / "demo-printed"
+        if not printed.is_file():
+            made.mkdir()
+            text = (ROOT / "ternq" / "recipe.py").read_text(encoding="utf-8")
+            (made / "notes.txt").write_text(text[:3000], encoding="utf-8")
+            done = Demo(made, "").run("python", str(ROOT / "examples" / "python_api.py"))
+            printed.write_text(done.stdout, encoding="utf-8")
+    shutil.copytree(made, own, dirs_exist_ok=True)
+    return Demo(own, printed.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

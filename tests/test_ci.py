@@ -208,6 +208,7 @@ def test_a_failed_gate_is_reported_and_publishes_nothing(trained: Path) -> None:
     assert not (reports / "summary.md").exists()
 
 
+@pytest.mark.slow  # likewise
 def test_a_broken_artefact_is_status_6_and_publishes_nothing(trained: Path) -> None:
     weights = trained / "demo-ternary" / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -148,7 +148,7 @@ def test_local_text(tmp_path: Path) -> None:
     (own,) = evaluate([model], tasks=[str(path)], offline=True)["results"]["tiny"].values()
     assert own["token_perplexity"] == expected["token_perplexity"]
     assert (own["samples"], own["partial"]) == (len(ids) // 64, False)
-    (part,) = evaluate([model], tasks=(), text=[path], limit=2)["results"]["tiny"].values()
+    (part,) = evaluate([model], tasks=[str(path)], limit=2)["results"]["tiny"].values()
     assert (part["samples"], part["partial"]) == (2, True)
 
 

@@ -6,12 +6,9 @@ computed bytes against the tensors that are there.
 
 import copy
 import importlib.util
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
 import pytest

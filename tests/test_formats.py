@@ -5,7 +5,6 @@ computed by hand, and brute force.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +12,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
 import pytest

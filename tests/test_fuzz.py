@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 import tiny
 import torch
@@ -43,6 +41,7 @@ QUICK = settings(
     max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+FEW = settings(QUICK, max_examples=25)  # where each loads a model
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
@@ -439,7 +438,7 @@ def test_a_configuration_that_lies_is_refused(
             assert error is not None or (key, value) == ("dtype", None), (key, value)
 
 
-@QUICK
+@FEW
 @given(data=st.data())
 def test_any_value_anywhere_in_a_configuration(
     whole: dict[str, bytes], folder: Path, data: st.DataObject
@@ -605,7 +604,7 @@ def test_any_bytes_in_the_tensors_behind_a_good_manifest(
     consistent(remade(folder, {**whole, checkpoint.TENSORS: changed[: len(old)]}))
 
 
-@QUICK
+@FEW
 @given(data=st.data())
 def test_any_bytes_in_another_file_behind_a_good_manifest(
     whole: dict[str, bytes], folder: Path, data: st.DataObject

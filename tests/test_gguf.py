@@ -5,15 +5,12 @@ transformers, which loads such files. What llama.cpp itself makes of them is in 
 """
 
 import json
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
 import gguf

@@ -1,12 +1,9 @@
 """Block by block from disk: the same numbers as with the whole model in memory, one block held."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
 import pytest

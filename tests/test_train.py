@@ -2,14 +2,11 @@
 
 import copy
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import checkpoints
 import pytest
