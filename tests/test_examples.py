@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -43,8 +44,14 @@ def test_nothing_but_artefact_and_report_is_left(demo: Demo) -> None:
     assert names == {"demo-ternary", "demo-ternary.report"}
 
 
-def test_load_artefact(demo: Demo) -> None:
-    assert demo.run("python", example("load_artefact.py")).stdout.startswith("def read_config(")
+def test_load_artefact(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", [example("load_artefact.py"), str(demo.folder / "demo-ternary")]
+    )
+    runpy.run_path(example("load_artefact.py"))
+    assert capsys.readouterr().out.startswith("def read_config(")
 
 
 def test_smollm2(tmp_path: Path) -> None:

@@ -4,15 +4,18 @@ import ast
 import functools
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Demo
+from conftest import ROOT, STEPS, Demo
 
 import ternq
+from ternq import cli
 
 PACKAGE = ROOT / "ternq"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -184,15 +187,31 @@ def test_the_readme_installs_by_two_commands() -> None:
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("block", ["ternq ternarize demo\n", *blocks("bash")])
-def test_the_readmes_commands_run(demo: Demo, block: str) -> None:
-    """But those two, whose part after the installation stands first here."""
-    if block.strip() not in INSTALLS:
-        demo.run("bash", "-euc", block)
+USES = [block for block in blocks("bash") if block.strip() not in INSTALLS]
 
 
-def test_the_readmes_python_runs(demo: Demo) -> None:
-    demo.run("python", "-c", "".join(blocks("python")))
+@pytest.fixture(scope="module")
+def folder(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder that fills with what the README makes."""
+    return shutil.copytree(demo.folder, tmp_path_factory.mktemp("readme") / "folder")
+
+
+@pytest.mark.parametrize("block", ["ternq ternarize demo", *USES])
+def test_the_readmes_commands_run(
+    folder: Path, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows the installation first; in this process, since programs take long to start."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TERNQ_DEMO_STEPS", STEPS)
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "ternq"
+        assert cli.run(arguments) == 0, line
+
+
+def test_the_readmes_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    exec("".join(blocks("python")), {})
 
 
 def test_the_demo_has_its_parts() -> None:
