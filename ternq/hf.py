@@ -25,7 +25,6 @@ from ternq.origin import (
     RUN_FILE,
     STUDENT_FILE,
     find,
-    first_line,
     in_words,
     local_path,
     model_folder,
@@ -38,6 +37,7 @@ from ternq.perplexity import give_back
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, display_name
 from ternq.states import load_state, put_ternary
+from ternq.text import first_line, is_offline
 
 Kind = Literal["dense", "packed", "run"]
 
@@ -78,7 +78,7 @@ def load(
             program, incomplete, or holds weights that are not finite.
         VerificationError: the same of an artefact of ternq.
     """
-    path = place(model, offline)
+    path, offline = place(model, offline)
     progress(Event("load", f"Loading {model}"))
     if path is not None and (path / RUN_FILE).is_file():
         return _load_run(model, path, device)
@@ -151,6 +151,7 @@ def drawn(
     from transformers import AutoModelForCausalLM
 
     path = local_path(model)
+    offline = offline if path is not None else is_offline(offline)
     progress(Event("load", f"Drawing new weights for the configuration of {model}"))
     base = path if path is None or not (path / RUN_FILE).is_file() else path / BASE_FOLDER
     where, options = find(model, base, weights=False)

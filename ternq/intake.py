@@ -52,7 +52,7 @@ def opened(
         InputError: it is missing, damaged, or not ternary; the message names layer and row.
     """
     progress(Event("load", f"Opening {model}"))
-    path = origin.place(model, offline)
+    path, offline = origin.place(model, offline)
     if (group_size or skip) and path is not None and _says_its_layers(path):
         raise RecipeError(
             f"'{model}' says itself which layers are ternary, and in what groups.",

@@ -17,6 +17,7 @@ from ternq import checkpoint
 from ternq.errors import InputError
 from ternq.formats.gguf_file import Q2_0, Header
 from ternq.recipe import DEMO, DEMO_FOLDER
+from ternq.text import first_line, is_offline
 
 RUN_FILE = "run.json"  # makes a folder a run
 REPORT = "report.json"  # what its training measured
@@ -45,23 +46,26 @@ def local_path(model: str) -> Path | None:
     return None
 
 
-def place(model: str, offline: bool = False) -> Path | None:
+def place(model: str, offline: bool = False) -> tuple[Path | None, bool]:
     """As `local_path`; and of an artefact of ternq on the hub, its folder in the hub's cache.
 
-    So it is checked against its manifest, and loaded by our own code, wherever it comes from.
+    So it is checked against its manifest, and loaded by our own code, wherever it comes from. With
+    it: whether the rest of the model is to be had from that cache alone.
     """
     path = local_path(model)
     if path is not None:
-        return path
+        return path, offline
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    offline = is_offline(offline)
     try:
         hf_hub_download(model, checkpoint.MANIFEST, local_files_only=offline)
     except (OSError, ValueError):  # another model, or none: whoever loads it says so
-        return None
+        return None, offline
     with in_words(model, offline):
         patterns = [*_PATTERNS, "*.py"]
-        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=offline))
+        found = snapshot_download(model, allow_patterns=patterns, local_files_only=offline)
+    return Path(found), offline
 
 
 def refuse_no_model(model: str, path: Path) -> None:
@@ -91,6 +95,7 @@ def model_folder(model: str, path: Path | None, offline: bool) -> Path:
         return Path(where)
     from huggingface_hub import snapshot_download
 
+    offline = is_offline(offline)
     with in_words(model, offline):
         found = snapshot_download(model, allow_patterns=_PATTERNS, local_files_only=offline)
     return Path(found)
@@ -227,8 +232,3 @@ def _explained(model: str, error: BaseException, offline: bool) -> InputError:
             "Name a local folder or .gguf file, or try 'demo'.",
         )
     return InputError(f"'{model}' cannot be loaded: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -87,7 +87,8 @@ def blueprint(model: str, *, offline: bool = False, trust_remote_code: bool = Fa
     """
     from transformers import AutoConfig
 
-    path, scheme = place(model, offline), None
+    scheme = None
+    path, offline = place(model, offline)
     if path is not None and (path / RUN_FILE).is_file():
         scheme = Recipe.from_json(read_run(path)["recipe"]).scheme
         path = path / BASE_FOLDER

@@ -229,3 +229,17 @@ def test_an_artefact_on_the_hub_is_one_too(
         hf.load(name, offline=True)
     with pytest.raises(InputError, match="not in the local cache"):
         hf.load("somebody/else", offline=True)
+
+
+def test_without_a_network_nobody_waits_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library would try for half a minute, file by file; here it is not asked at all."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("ternq.text._cut_off", lambda: True)
+    with pytest.raises(InputError, match="not in the local cache"):
+        hf.load("somebody/else")
+    with pytest.raises(InputError, match="not in the local cache"):
+        hf.drawn("somebody/else", seed=0)
+    with pytest.raises(InputError, match="not in the local cache"):
+        hf.outline("somebody/else")
+    with pytest.raises(InputError, match="not in the local cache"):
+        outlines.blueprint("somebody/else")
