@@ -115,6 +115,7 @@ VARIANTS = {
     "scale lr 1e-2": _trained(scale_lr=1e-2),
     "first scale: mean |w|": Variant(within=_instead(fit=mean_scale)),
     "start compensated": _trained(start="compensated"),
+    "start compensated, low-rank": _trained(start="compensated", train="low-rank"),
     "start compensated, scales": Variant(training=SCALES),
     "start compensated, scales, no shift": Variant({"shift": False}, SCALES),
     "start compensated, scales, features: none": _trained(**SCALES, off=0.0),
