@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from variants import (
+    embeddings_learn,
     instead,
     last_feature,
     mean_scale,
@@ -122,6 +123,12 @@ VARIANTS = {
     "start compensated, scales, logits: none": _trained(**SCALES, kl=0.0),
     "start compensated, scales, KL and CE 0.5": _trained(**SCALES, ce=0.5),
     "start compensated, scales, lr 3e-3": _trained(**SCALES, lr=3e-3),
+    "start compensated, scales, embeddings 1e-4": Variant(
+        training=SCALES, within=partial(embeddings_learn, 1e-4)
+    ),
+    "start compensated, scales, embeddings 3e-4": Variant(
+        training=SCALES, within=partial(embeddings_learn, 3e-4)
+    ),
     "start compensated, no shift": Variant({"shift": False}, {"start": "compensated"}),
     "start compensated, group 64, no shift": Variant(FINE, {"start": "compensated"}),
     "start compensated, group 64, no shift, scales": Variant(FINE, SCALES),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ternq import losses, rounding
+from ternq import losses, optimize, rounding
 from ternq.linear import TernaryLinear, compute_dtype
 from ternq.ternary import group_lengths, grouped, ungrouped
 
@@ -165,3 +165,19 @@ def instead(
     finally:
         for patch in patches:
             patch.stop()
+
+
+@contextmanager
+def embeddings_learn(rate: float) -> Iterator[None]:
+    """Embeddings and output head (one matrix, where they are tied) learn too, at their own rate."""
+
+    def more(student: Any, settings: Any) -> torch.optim.Optimizer:
+        made = optimize.optimizer(student, settings)
+        ends = student.get_input_embeddings(), student.get_output_embeddings()
+        found = {id(p): p.requires_grad_(True) for module in ends for p in module.parameters()}
+        group = {"params": list(found.values()), "lr": rate, "peak_lr": rate}
+        made.add_param_group(group | {"weight_decay": 0.0, "first_decay": 0.0})
+        return made
+
+    with mock.patch("ternq.train.optimizer", more):
+        yield
