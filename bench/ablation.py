@@ -114,6 +114,8 @@ VARIANTS = {
     "scale lr 1e-4": _trained(scale_lr=1e-4),
     "scale lr 0": _trained(scale_lr=0.0),
     "scale lr 1e-2": _trained(scale_lr=1e-2),
+    "embeddings 1e-4": Variant(within=partial(embeddings_learn, 1e-4)),
+    "embeddings 1e-3": Variant(within=partial(embeddings_learn, 1e-3)),
     "first scale: mean |w|": Variant(within=_instead(fit=mean_scale)),
     "start compensated": _trained(start="compensated"),
     "start compensated, low-rank": _trained(start="compensated", train="low-rank"),

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_pack import student
 from torch import Tensor, nn
 
-from ternq import objective, rounding, ternary
+from ternq import objective, rounding, ternary, train
 from ternq.linear import TernaryLinear, prepare
 from ternq.losses import off_per_block
-from ternq.recipe import Scheme
+from ternq.recipe import Scheme, Training
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import variants  # noqa: E402  # found by the line before
@@ -130,3 +131,17 @@ def test_ternqs_own_is_back_afterwards() -> None:
         prepare(model, Scheme(group_size=SIZE, shift=False))
     after = (rounding.quantize, rounding.fake_quantize, ternary.fit, TernaryLinear.forward)
     assert after == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_embeddings_and_head_learn_at_their_own_rate(kind: str) -> None:
+    model = student(kind)
+    with variants.embeddings_learn(0.5):
+        groups = train.optimizer(model, Training(train="scales", lr=0.1)).param_groups
+    own = groups[-1]
+    assert own["lr"] == own["peak_lr"] == 0.5 and own["weight_decay"] == 0
+    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    assert {id(p) for p in own["params"]} == {id(p) for p in ends}
+    assert all(p.requires_grad for p in ends)
+    before = train.optimizer(model, Training(train="scales", lr=0.1)).param_groups
+    assert len(before) == len(groups) - 1 and not any(p.requires_grad for p in ends)
