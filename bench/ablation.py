@@ -128,9 +128,6 @@ VARIANTS = {
     "start compensated, scales, embeddings 1e-4": Variant(
         training=SCALES, within=partial(embeddings_learn, 1e-4)
     ),
-    "start compensated, scales, embeddings 3e-4": Variant(
-        training=SCALES, within=partial(embeddings_learn, 3e-4)
-    ),
     "start compensated, no shift": Variant({"shift": False}, {"start": "compensated"}),
     "start compensated, group 64, no shift": Variant(FINE, {"start": "compensated"}),
     "start compensated, group 64, no shift, scales": Variant(FINE, SCALES),
