@@ -303,7 +303,7 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
-class TernqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class TernqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # not followed by mypy
     """``quantization_config`` of an artefact: what is needed to read its packed layers.
 
     Raises:
@@ -331,7 +331,7 @@ class TernqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"group_size is {group_size!r}; it is a whole number, at least 1")
         if type(shift) is not bool:
             raise ValueError(f"shift is {shift!r}; it is true or false")
-        self.quant_method = METHOD  # transformers' enum is closed
+        self.quant_method = METHOD  # a plain string, since transformers' enum is closed
         self.group_size, self.shift = group_size, shift
         self.modules = _names("modules", modules)
         self.int8_modules = _names("int8_modules", int8_modules)
@@ -347,7 +347,7 @@ def _names(key: str, names: Any) -> list[str]:
     return list(names)
 
 
-class TernqQuantizer(HfQuantizer):  # type: ignore[misc]
+class TernqQuantizer(HfQuantizer):  # type: ignore[misc]  # not followed by mypy
     """Swaps in the packed layers before the weights are read."""
 
     quantization_config: TernqConfig

@@ -37,7 +37,6 @@ class Demo:
         tools = str(Path(sys.executable).parent)
         environment = os.environ | {
             "TERNQ_DEMO_STEPS": STEPS,
-            "HF_HUB_OFFLINE": "1",
             "COLUMNS": "80",
             "PATH": tools + os.pathsep + os.environ["PATH"],
         }

@@ -31,7 +31,6 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
     monkeypatch.setattr("ternq.samples.TOKENS", 2)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
     yield

@@ -36,7 +36,6 @@ def run(folder: Path, *command: str, **environment: str) -> Done:
     variables = os.environ | {
         "PATH": os.pathsep.join(path),
         "TERNQ_DEMO_STEPS": STEPS,
-        "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "hf"),
         "OMP_NUM_THREADS": "1",  # faster on texts this short
     }
@@ -208,7 +207,7 @@ def test_a_failed_gate_is_reported_and_publishes_nothing(trained: Path) -> None:
     assert not (reports / "summary.md").exists()
 
 
-@pytest.mark.slow  # likewise
+@pytest.mark.slow  # statuses are told by a stub, damage by test_pack.py
 def test_a_broken_artefact_is_status_6_and_publishes_nothing(trained: Path) -> None:
     weights = trained / "demo-ternary" / "model.safetensors"
     content = bytearray(weights.read_bytes())

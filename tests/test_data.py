@@ -30,11 +30,6 @@ def jsonl(path: Path, documents: list[str]) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def test_every_format_holds_the_same_documents(tmp_path: Path) -> None:
     documents = [f"document {i} é" for i in range(30)]
     plain = jsonl(tmp_path / "a.jsonl", documents)

@@ -150,6 +150,13 @@ def test_what_the_process_finds_wrong_is_raised_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file or folder") as caught:
+        measure(str(tmp_path / "none"), offline=True)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.usefixtures("here")
 def test_a_device_that_is_not_here_is_a_resource(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="No device 'cuda:99'"):
         measure(str(saved(tmp_path / "m")), device="cuda:99", offline=True, prompt=4, new=2)

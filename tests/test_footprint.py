@@ -141,12 +141,12 @@ def test_a_start_that_reads_text_is_made_beside_the_models() -> None:
 
 def test_of_many_each_has_its_rows_and_shards_of_what_learns() -> None:
     settings = replace(SETTINGS, batch_size=8)
-    assert counting._share(settings, 4).batch_size == 2
     alone, plain, shared = (
         footprint(of("llama", 3), SCHEME, settings, "cpu", crew)
         for crew in (Crew(), Crew(4), Crew(4, sharded=True))
     )
-    assert plain.step < alone.step
+    quarter = footprint(of("llama", 3), SCHEME, replace(settings, batch_size=2), "cpu")
+    assert plain == quarter and plain.step < alone.step
     assert shared.optimizer == plain.optimizer // 4
     model = of("llama", 3)()
     theirs = sum(p.nbytes for p in model.parameters())

@@ -37,7 +37,7 @@ def python(
     program: str, *arguments: Any, modules: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program that has no ternq, with a cache of its own for code that models bring."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "warning"}
     environment |= {"HF_MODULES_CACHE": str(modules)} if modules else {}
     command = [sys.executable, "-c", WITHOUT_TERNQ + program, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
