@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,12 @@ DROPPED = "shift dropped at the end"
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed: of the scheme, of the training, and what takes a function's place."""
+    """What is changed: of scheme, training and text, and what takes a function's place."""
 
     scheme: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     within: Any = nullcontext  # () -> a context
+    text: str = "given"  # or the teacher's "own", or "both", a block of each in turn
 
 
 def _instead(*args: Any, **options: Any) -> Any:
@@ -134,7 +135,11 @@ VARIANTS = {
     "start reconstructed": Variant(training=RECONSTRUCTED),
     "start reconstructed, lr 1e-3": Variant(training=RECONSTRUCTED | {"lr": 1e-3}),
     "start reconstructed, scales": Variant(training=RECONSTRUCTED | {"train": "scales"}),
-    "text: the teacher's own": _trained(data=("self",)),
+    "text: the teacher's own": Variant(text="own"),
+    "start compensated, scales, text: the teacher's own": Variant(training=SCALES, text="own"),
+    "start compensated, scales, text: half the teacher's own": Variant(
+        training=SCALES, text="both"
+    ),
 }
 
 
@@ -147,40 +152,49 @@ class Setting:
     data: tuple[str, ...]  # the demo has its own
     training: Training
     seed: int
+    others: tuple[str, ...] = ()  # texts unlike the training's, to judge by as well
 
     @functools.cached_property
     def dev(self) -> torch.Tensor:
         """The text to judge by: the demo's own, or what is held out of the training text."""
         if self.data:
-            return self._split()[0].flatten()
+            return self._split(self.data)[0].flatten()
         documents = list(data.read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
         ids = [i for d in data.encode(documents, self.teacher.tokenizer) for i in d]
         return torch.tensor(ids)
 
-    def _split(self) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
+    def _split(self, texts: tuple[str, ...]) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
         length = self.training.sequence_length
-        return data.split_held_out(self.data, self.teacher.tokenizer, length,
+        return data.split_held_out(texts, self.teacher.tokenizer, length,
                                    HELD_OUT_TOKENS // length, seed=self.seed)  # fmt: skip
 
-    def perplexity(self, model: Any) -> float:
-        """Of the development text."""
+    def perplexity(self, model: Any, ids: torch.Tensor | None = None) -> float:
+        """Of the development text, or of other ids."""
         length = min(BLOCK, outlines.max_length(self.teacher.model))
-        return float(token_perplexity(model, self.dev, length)["token_perplexity"])
+        ids = self.dev if ids is None else ids
+        return float(token_perplexity(model, ids, length)["token_perplexity"])
 
-    def blocks(self, training: Training) -> Iterator[torch.Tensor]:
-        """The training text; a teacher that writes its own does so without that text."""
-        if training.data:
+    def elsewhere(self, model: Any) -> dict[str, float]:
+        """Perplexities of the first tokens of each of the other texts."""
+        return {"/".join(Path(text).parts[-2:]): self.perplexity(model, self._split((text,))[0])
+                for text in self.others}  # fmt: skip
+
+    def blocks(self, training: Training, text: str) -> Iterator[torch.Tensor]:
+        """The training text: what is given, or the teacher's own, which needs none, or both."""
+        if text == "both":
+            pairs = zip(self.blocks(training, "own"), self.blocks(training, "given"), strict=True)
+            return chain.from_iterable(pairs)
+        if text == "own":
             recipe = Recipe(model=self.model, training=training, seed=self.seed)
-            opened = corpus.corpus(self.teacher, recipe, training.data, offline=True,
-                                   progress=ignore, cache=None)  # fmt: skip
-            return opened.blocks
+            return corpus.corpus(self.teacher, recipe, (data.SELF,), offline=True,
+                                 progress=ignore, cache=None).blocks  # fmt: skip
         if self.data:
-            return self._split()[1]
+            return self._split(self.data)[1]
         texts = data.mixed([str(DEMO_FOLDER / "train.jsonl.xz")], seed=self.seed)
         return data.blocks(texts, self.teacher.tokenizer, training.sequence_length)
 
 
-def run(name: str, setting: Setting) -> dict[str, float]:
+def run(name: str, setting: Setting) -> dict[str, Any]:
     """Train one variant; perplexities of the development text, and seconds of training."""
     variant, seed = VARIANTS[name], setting.seed
     training = with_rate(replace(setting.training, **variant.training), ternary=False)
@@ -188,7 +202,7 @@ def run(name: str, setting: Setting) -> dict[str, float]:
     with within, tempfile.TemporaryDirectory() as folder:
         student = copy.deepcopy(setting.teacher.model).requires_grad_(True)
         prepare(student, replace(Scheme(), **variant.scheme), training.ste)
-        began, blocks = time.monotonic(), setting.blocks(training)
+        began, blocks = time.monotonic(), setting.blocks(training, variant.text)
         if training.calibrated:
             ids = torch.stack(list(islice(blocks, training.calibration)))
             compensated_start(student, ids, seed=seed, autocast=products(training, ids.device),
@@ -200,8 +214,9 @@ def run(name: str, setting: Setting) -> dict[str, float]:
         if trainer.steps:
             trainer.run()
         trained = setting.perplexity(student) if trainer.steps else untrained
-        found = {"untrained": untrained, "student": trained}
+        found: dict[str, Any] = {"untrained": untrained, "student": trained}
         found["seconds"] = round(time.monotonic() - began, 1)
+        found |= {"others": setting.elsewhere(student)} if setting.others else {}
         if name == BASE:
             for layer in ternary_layers(student).values():
                 layer.weight_shift = None
@@ -213,13 +228,19 @@ def table(lines: list[dict[str, Any]], compared: str) -> str:
     """Markdown: the mean over seeds, and the difference to one variant, seed by seed."""
     names = [*VARIANTS, DROPPED]
     found: dict[str, dict[int, float]] = {name: {} for name in names}
+    others: dict[str, list[float]] = {}
     for line in lines:
         found[line["name"]][line["seed"]] = line["student"]
+        if "others" in line:
+            mean = statistics.geometric_mean(line["others"].values())
+            others.setdefault(line["name"], []).append(mean)
         if DROPPED in line:
             found[DROPPED][line["seed"]] = line[DROPPED]
     base = found[compared]
-    text = ["| changed | seeds | development perplexity | difference, % | from, to |",
-            "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
+    heads = ["changed", "seeds", "development perplexity", "difference, %", "from, to"]
+    heads += ["other texts, geometric mean"] if others else []
+    text = ["| " + " | ".join(heads) + " |", "| --- | ---: | ---: | ---: | --- |"]
+    text[1] += " ---: |" if others else ""
     for name in names:
         own = found[name]
         if not own:
@@ -233,6 +254,8 @@ def table(lines: list[dict[str, Any]], compared: str) -> str:
             cells += [f"{statistics.mean(off):+.1f}", f"{min(off):+.1f}, {max(off):+.1f}"]
         else:
             cells += ["", ""]
+        if others:
+            cells.append(f"{statistics.mean(others[name]):.2f}" if name in others else "")
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
@@ -246,6 +269,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="Blocks for a start.")
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--data", nargs="+", default=[], help="Text, for another than the demo.")
+    parser.add_argument("--others", nargs="+", default=[],
+                        help="Texts unlike it, to measure on as well.")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="Print it, and run nothing.")
     parser.add_argument("--base", default=BASE, help="The variant that others are compared with.")
     args = parser.parse_args()
@@ -260,12 +285,15 @@ def main() -> None:
     training = replace(default_recipe(DEMO).training, lr=1e-3, steps=args.steps,
                        calibration=args.calibration)  # fmt: skip
     for seed in args.seeds:
-        setting = Setting(args.model, teacher, tuple(args.data), training, seed)
-        full = setting.perplexity(teacher.model)
+        texts = tuple(args.data), tuple(args.others)
+        setting = Setting(args.model, teacher, texts[0], training, seed, texts[1])
+        full: dict[str, Any] = {"teacher": setting.perplexity(teacher.model)}
+        if setting.others:
+            full["teacher_others"] = setting.elsewhere(teacher.model)
         for name in VARIANTS:
             key = about | {"seed": seed, "name": name}
             if name.startswith(tuple(args.only)) and not _stands(args.out, key):
-                line = key | {"teacher": full} | run(name, setting)
+                line = key | full | run(name, setting)
                 with args.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(f"{name:34} {seed} {line['student']:9.3f}  ({line['seconds']} s)", flush=True)

@@ -26,6 +26,7 @@ import torch
 
 import ternq
 from ternq import hf, origin, outlines
+from ternq.data import SELF, parse_mix
 from ternq.evaluate import evaluate
 from ternq.files import sha256
 from ternq.perplexity import BLOCK, token_perplexity
@@ -53,7 +54,7 @@ BASELINES = {
     "absmean (BitNet b1.58, TriLM)": ["--method", "absmean"],
     "TWN": ["--method", "twn"],
     "PT2-LLM": ["--method", "pt2"],
-    "DLT, closed-form start": ["--tokens", "0"],
+    "DLT, closed-form start": ["--tokens", "0", "--start", "closed-form"],
     "DLT, compensated start": ["--tokens", "0", "--start", "compensated"],
 }
 
@@ -261,7 +262,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", nargs="+", required=True,
-                        help="Text to calibrate and train on: FILE or FILE=WEIGHT.")  # fmt: skip
+                        help="Text to learn from: FILE, self; NAME=WEIGHT.")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, required=True, help="What is measured on.")
     parser.add_argument("--work", type=Path, required=True, help="Where models are kept.")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines.")
@@ -283,7 +284,8 @@ def _arguments() -> argparse.Namespace:
     path = origin.local_path(args.model)
     files = sorted(path.glob("*.safetensors")) if path and path.is_dir() else [path]
     hashes = [sha256(file) for file in files if file]
-    data = [sha256(Path(text.partition("=")[0])) for text in args.data]
+    texts = [name for name, _ in parse_mix(args.data)]
+    data = [name if name == SELF else sha256(Path(name)) for name in texts]
     args.inputs = {"model": display_name(args.model), "sha256": hashes, "data": data}
     return args
 

@@ -1,5 +1,6 @@
 """Which text a run trains on and is measured on: held-out tokens and a stream of blocks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,16 @@ from torch import Tensor
 
 from ternq import checkpoint, data, hf
 from ternq.perplexity import BLOCK
+from ternq.precision import products
 from ternq.progress import Progress
-from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, demo_steps
+from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Training, demo_steps
 from ternq.runs import OWN_TEXT_FILE
 from ternq.text import is_offline
 
 HELD_OUT_TOKENS = 8 * BLOCK
 DEFAULT_DATA = "allenai/c4"
 OWN_TEXT_STEPS = 100  # of text that the teacher writes where no budget is named
-OWN_TEXT_TOKENS = 200_000  # written at most; a longer training reads them again
+OWN_TEXT_TOKENS = 1_000_000  # written at most; a longer training reads them again
 
 
 @dataclass
@@ -58,15 +60,15 @@ def corpus(
     length = recipe.training.sequence_length
     if not specs:
         return _demo(teacher, recipe, length)
-    written: list[str] = []
-    if has_own_text(specs):
-        written = _own_text(teacher, recipe, progress, cache)
-    n_blocks = max(1, len(written) // 8) if written else max(1, HELD_OUT_TOKENS // length)
+    written, n_blocks = [], HELD_OUT_TOKENS // length
+    if count := own_blocks(recipe.training, specs):
+        written = _own_text(teacher, recipe, count, progress, cache)
+        n_blocks = min(n_blocks, int(count / _own_share(specs)) // 8)
     held_out, blocks = data.split_held_out(
         specs,
         teacher.tokenizer,
         length,
-        n_blocks,
+        max(1, n_blocks),
         seed=recipe.seed,
         offline=offline,
         progress=progress,
@@ -77,7 +79,27 @@ def corpus(
 
 def has_own_text(specs: tuple[str, ...]) -> bool:
     """Whether the teacher's own text is among the sources."""
-    return any(name == data.SELF for name, _ in data.parse_mix(specs))
+    return _own_share(specs) > 0
+
+
+def own_blocks(training: Training, specs: tuple[str, ...]) -> int:
+    """Blocks that the teacher writes: its share of what is read, and of what is held out."""
+    share, length = _own_share(specs), training.sequence_length
+    if not share:
+        return 0
+    tokens = training.tokens
+    if tokens is None:
+        steps = OWN_TEXT_STEPS if training.steps is None else training.steps
+        tokens = steps * training.batch_size * length
+    tokens += training.calibration * length if training.calibrated else 0
+    tokens = min(math.ceil(tokens * share), OWN_TEXT_TOKENS)
+    return max(16, tokens // length) + HELD_OUT_TOKENS // length // 4
+
+
+def _own_share(specs: tuple[str, ...]) -> float:
+    mix = data.parse_mix(specs)
+    own = sum(weight for name, weight in mix if name == data.SELF)
+    return own / sum(weight for _, weight in mix) if own else 0.0
 
 
 def unwritten(specs: tuple[str, ...]) -> Corpus:
@@ -96,24 +118,20 @@ def _demo(teacher: hf.Loaded, recipe: Recipe, length: int) -> Corpus:
 
 
 def _own_text(
-    teacher: hf.Loaded, recipe: Recipe, progress: Progress, cache: Path | None
+    teacher: hf.Loaded, recipe: Recipe, blocks: int, progress: Progress, cache: Path | None
 ) -> list[str]:
     """Text that the teacher writes; kept in the run's folder, since writing it takes long."""
-    settings = recipe.training
-    length = settings.sequence_length
-    per_step = settings.batch_size * length
-    tokens = settings.tokens or (settings.steps or OWN_TEXT_STEPS) * per_step
-    tokens += settings.calibration * length if settings.calibrated else 0
-    blocks = max(16, min(tokens, OWN_TEXT_TOKENS) // length) + HELD_OUT_TOKENS // length // 4
+    settings, length = recipe.training, recipe.training.sequence_length
     kept = None if cache is None else cache / OWN_TEXT_FILE
     key = [teacher.source, recipe.base, recipe.seed, blocks, length]
     if kept is not None and kept.is_file():
         record = checkpoint.read_json(kept)
         if record.get("key") == key:
             return list(record["text"])
-    ids = data.teacher_text(
-        teacher.model, teacher.tokenizer, blocks, length, seed=recipe.seed, progress=progress
-    )
+    with products(settings, teacher.model.device):
+        ids = data.teacher_text(
+            teacher.model, teacher.tokenizer, blocks, length, seed=recipe.seed, progress=progress
+        )
     written = [teacher.tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ternq.errors import InputError, RecipeError
 from ternq.progress import Event, Progress, ignore
+from ternq.sampling import drawn
 from ternq.text import Source, open_source, read_documents, shuffled
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 SELF = "self"
+AT_ONCE = 2**14  # tokens that a teacher writes side by side; what it has to keep of them grows so
 """The source that stands for text written by the teacher."""
 
 
@@ -121,7 +123,7 @@ def teacher_text(
     length: int,
     *,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Progress = ignore,
 ) -> Tensor:
     """Blocks [n_blocks, length] that the model writes itself, sampled at temperature 1.
@@ -131,13 +133,19 @@ def teacher_text(
     """
     generator = torch.Generator().manual_seed(seed)
     was_training, done = model.training, []
+    rows = batch_size or side_by_side(length)
     model.eval()
-    for first in range(0, n_blocks, batch_size):
-        start = _first_tokens(model, tokenizer, min(batch_size, n_blocks - first), generator)
+    for first in range(0, n_blocks, rows):
+        start = _first_tokens(model, tokenizer, min(rows, n_blocks - first), generator)
         done.append(_sample(model, start, length, generator))
         progress(Event("text", done=first + len(start), total=n_blocks))
     model.train(was_training)
     return torch.cat(done)
+
+
+def side_by_side(length: int) -> int:
+    """Blocks of so many tokens that a teacher writes at once."""
+    return max(1, AT_ONCE // length)
 
 
 def fingerprint(document: str) -> bytes:
@@ -253,5 +261,5 @@ def _sample(model: Any, ids: Tensor, length: int, generator: torch.Generator) ->
         out = model(ids[:, -1:].to(model.device), past_key_values=past, use_cache=True)
         past = out.past_key_values
         chances = out.logits[:, -1].float().softmax(-1).cpu()
-        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+        ids = torch.cat([ids, drawn(chances, generator).unsqueeze(1)], dim=1)
     return ids

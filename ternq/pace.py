@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ternq import baseline, budget, hf, outlines, streamed
+from ternq import baseline, budget, data, hf, outlines, streamed
 from ternq.calibrate import run, stages
 from ternq.compensate import inverse_root
-from ternq.corpus import HELD_OUT_TOKENS
+from ternq.corpus import HELD_OUT_TOKENS, own_blocks
 from ternq.linear import prepare, rounded_layers, ternary_layers
 from ternq.perplexity import BLOCK, tokens_per_second
 from ternq.precision import products
@@ -71,6 +71,7 @@ def end_to_end(
     parts = {
         "starting": starting,
         "loading": loading,
+        "writing text": _writing(prepared),
         "start": rounding + (_walking(recipe, reading, rate) if calibrated else 0.0),
         "training": training["seconds"] or 0.0,
         "evaluation": held_out * passes,
@@ -79,6 +80,20 @@ def end_to_end(
         "texts": TEXTS * _forward(student),
     }
     return {"training": training, "seconds": parts | {"total": sum(parts.values())}}
+
+
+def _writing(prepared: Prepared) -> float:
+    """Seconds that the teacher takes to write its share of the text."""
+    settings = prepared.recipe.training
+    blocks = own_blocks(settings, prepared.corpus.specs)
+    if not blocks or (writer := prepared.teacher) is None:
+        return 0.0
+    rows, steps = min(blocks, data.side_by_side(settings.sequence_length)), 4
+    model, tokenizer = writer.model, writer.tokenizer
+    with products(settings, model.device):
+        data.teacher_text(model, tokenizer, rows, 2)
+        _, seconds = _timed(lambda: data.teacher_text(model, tokenizer, rows, 1 + steps))
+    return seconds / steps * (settings.sequence_length - 1) * -(-blocks // rows)
 
 
 def by_blocks(

@@ -10,6 +10,18 @@ _COLD = 1e-30  # of a temperature; logits divided by less overflow, and the like
 _FIRST = 256  # candidates that top-p looks at before it sorts the whole vocabulary
 
 
+def drawn(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Places ``[...]`` drawn with probabilities ``[..., n]``, on the CPU.
+
+    Each is found in the sums of the probabilities by one random number, which takes a tenth of the
+    time of ``torch.multinomial``.
+    """
+    sums = chances.cumsum(-1, dtype=torch.float64)
+    shape = (*chances.shape[:-1], 1)
+    at = torch.rand(shape, dtype=torch.float64, generator=generator) * sums[..., -1:]
+    return torch.searchsorted(sums, at).clamp_(max=chances.shape[-1] - 1).squeeze(-1)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; a temperature of 0 takes the likeliest.
@@ -23,17 +35,11 @@ class Sampling:
     top_p: float = 1.0
 
     def draw(self, logits: Tensor) -> int:
-        """A token of float32 logits ``[vocabulary]``.
-
-        It is found in the sums of the probabilities by one random number of torch's default
-        generator, which takes a tenth of the time of ``torch.multinomial``.
-        """
+        """A token of float32 logits ``[vocabulary]``, by torch's default generator."""
         if self.temperature < _COLD:
             return int(logits.max(0).indices)  # a third of the time of argmax
         scores, tokens = self.candidates(logits)
-        sums = scores.softmax(0).cumsum(0, dtype=torch.float64)
-        place = int(torch.searchsorted(sums, torch.rand((), dtype=torch.float64) * sums[-1]))
-        return int(tokens[min(place, len(tokens) - 1)])
+        return int(tokens[drawn(scores.softmax(0))])
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled logits and ids of the tokens that can be drawn."""

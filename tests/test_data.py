@@ -15,10 +15,12 @@ import tiny
 import torch
 from pyarrow import parquet
 
-from ternq import data
+from ternq import corpus, data
 from ternq import text as sources
 from ternq.errors import InputError, RecipeError
-from ternq.progress import Event
+from ternq.progress import Event, ignore
+from ternq.recipe import Recipe, Training
+from ternq.sampling import drawn
 
 
 def read(path: Path | str, **options: object) -> list[str]:
@@ -265,5 +267,40 @@ def test_teacher_text_with_the_cache_of_a_real_model() -> None:
     with torch.no_grad():
         for _ in range(19):
             chances = model.eval()(ids, use_cache=False).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+            ids = torch.cat([ids, drawn(chances, generator)[:, None]], dim=1)
     assert torch.equal(ids, one[:2])
+
+
+@pytest.mark.parametrize(
+    ("mix", "share", "written"), [(("self",), 1.0, 496), (("self=6", "{text}=2"), 0.75, 376)]
+)
+def test_a_teacher_writes_its_share_of_the_text(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mix: tuple[str, ...],
+    share: float,
+    written: int,
+) -> None:
+    """Of the tokens of training and calibration (480 blocks here), beside 16 blocks held out."""
+    text = jsonl(
+        tmp_path / "a.jsonl", ["the cat sat on the mat " * 40 + str(i) for i in range(900)]
+    )
+    specs = tuple(part.format(text=text) for part in mix)
+    asked: list[int] = []
+    capitals = tiny.tokenizer()("AZ")["input_ids"]
+
+    def teacher_text(model: object, tok: object, n_blocks: int, length: int, **_: object) -> object:
+        asked.append(n_blocks)
+        return torch.randint(capitals[0], capitals[1] + 1, (n_blocks, length))
+
+    monkeypatch.setattr(data, "teacher_text", teacher_text)
+    training = Training(tokens=448 * 256, calibration=32, start="compensated")
+    recipe = Recipe(model="tiny", training=training)
+    options = {"offline": True, "progress": ignore, "cache": tmp_path}
+    for _ in range(2):  # what is kept is not written again
+        opened = corpus.corpus(tiny.loaded(), recipe, specs, **options)  # type: ignore[arg-type]
+    assert asked == [written]
+    blocks = torch.stack(list(islice(opened.blocks, 300)))
+    own = ((blocks >= capitals[0]) & (blocks <= capitals[1])).float().mean()
+    assert float(own) == pytest.approx(share, abs=0.03)
+    assert len(opened.held_out) == 62 * 256

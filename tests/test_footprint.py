@@ -375,6 +375,13 @@ def test_a_plan_needs_no_weights_and_no_device(source: Path, text: Path, tmp_pat
         assert found["weights"][key] == whole["weights"][key]
 
 
+def test_a_plan_counts_the_text_that_the_teacher_writes(source: Path, text: Path) -> None:
+    made, out = checkpoints.recipe(source, text), source.parent / "out"
+    mix = replace(made, training=replace(made.training, data=(str(text), "self")))
+    given, mixed = (plan(str(source), r, out=out, offline=True)["seconds"] for r in (made, mix))
+    assert given["writing text"] == 0 < mixed["writing text"] < mixed["total"]
+
+
 def test_a_plan_that_cannot_fit_says_what_is_missing(source: Path, text: Path) -> None:
     with pytest.raises(ResourceError, match="more than is free"):
         planned(source, text, memory=1000)

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ternq.sampling import Sampling, Text
+from ternq.sampling import Sampling, Text, drawn
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
@@ -43,10 +43,20 @@ def test_candidates_are_those_of_transformers(
 def test_tokens_come_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([1.0, -1.0, float("-inf"), 2.0, 0.0])
     torch.manual_seed(0)
-    drawn = torch.tensor([Sampling(0.8).draw(logits) for _ in range(20_000)])
-    share = drawn.bincount(minlength=5) / len(drawn)
+    found = torch.tensor([Sampling(0.8).draw(logits) for _ in range(20_000)])
+    share = found.bincount(minlength=5) / len(found)
     expected = (logits / 0.8).softmax(0)
-    deviation = (expected * (1 - expected) / len(drawn)).sqrt()
+    deviation = (expected * (1 - expected) / len(found)).sqrt()
+    assert bool(((share - expected).abs() <= 4 * deviation).all())
+
+
+def test_rows_are_drawn_each_by_its_own_probabilities() -> None:
+    chances = torch.tensor([[0.0, 0.25, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0], [2.0, 4.0, 0.0, 2.0]])
+    generator = torch.Generator().manual_seed(0)
+    found = torch.stack([drawn(chances, generator) for _ in range(20_000)])
+    share = torch.nn.functional.one_hot(found, 4).float().mean(0)
+    expected = chances / chances.sum(1, keepdim=True)
+    deviation = (expected * (1 - expected) / len(found)).sqrt()
     assert bool(((share - expected).abs() <= 4 * deviation).all())
 
 
