@@ -71,7 +71,7 @@ def end_to_end(
     parts = {
         "starting": starting,
         "loading": loading,
-        "writing text": _writing(prepared),
+        "writing": _writing(prepared),
         "start": rounding + (_walking(recipe, reading, rate) if calibrated else 0.0),
         "training": training["seconds"] or 0.0,
         "evaluation": held_out * passes,
@@ -86,9 +86,10 @@ def _writing(prepared: Prepared) -> float:
     """Seconds that the teacher takes to write its share of the text."""
     settings = prepared.recipe.training
     blocks = own_blocks(settings, prepared.corpus.specs)
-    if not blocks or (writer := prepared.teacher) is None:
+    if not blocks:
         return 0.0
     rows, steps = min(blocks, data.side_by_side(settings.sequence_length)), 4
+    writer = prepared.teacher or prepared.student
     model, tokenizer = writer.model, writer.tokenizer
     with products(settings, model.device):
         data.teacher_text(model, tokenizer, rows, 2)

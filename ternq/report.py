@@ -310,8 +310,9 @@ def _plan_rows(payload: Payload) -> Iterator[tuple[str, str]]:
         said = duration(parts["total"])
         if "training" in parts:
             said += f", {duration(parts['training'])} of it training"
-        start = f", {duration(parts['start'])} the start" if parts.get("start") else ""
-        yield "time", said + start
+        said += f", {duration(parts['start'])} the start" if parts.get("start") else ""
+        said += f", {duration(parts['writing'])} writing text" if parts.get("writing") else ""
+        yield "time", said
     for kind in ("memory", "disk"):
         if kind not in payload:
             continue

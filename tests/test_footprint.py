@@ -379,7 +379,7 @@ def test_a_plan_counts_the_text_that_the_teacher_writes(source: Path, text: Path
     made, out = checkpoints.recipe(source, text), source.parent / "out"
     mix = replace(made, training=replace(made.training, data=(str(text), "self")))
     given, mixed = (plan(str(source), r, out=out, offline=True)["seconds"] for r in (made, mix))
-    assert given["writing text"] == 0 < mixed["writing text"] < mixed["total"]
+    assert given["writing"] == 0 < mixed["writing"] < mixed["total"]
 
 
 def test_a_plan_that_cannot_fit_says_what_is_missing(source: Path, text: Path) -> None:
