@@ -1,5 +1,6 @@
 """Which text a run trains on and is measured on: held-out tokens and a stream of blocks."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,9 +129,12 @@ def _own_text(
         record = checkpoint.read_json(kept)
         if record.get("key") == key:
             return list(record["text"])
+    # what goes on from a run has another base, and so text that the run has not read
+    drawn = hashlib.blake2b(f"{recipe.seed} {recipe.base}".encode(), digest_size=6).digest()
+    seed = int.from_bytes(drawn, "big")
     with products(settings, teacher.model.device):
         ids = data.teacher_text(
-            teacher.model, teacher.tokenizer, blocks, length, seed=recipe.seed, progress=progress
+            teacher.model, teacher.tokenizer, blocks, length, seed=seed, progress=progress
         )
     written = [teacher.tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
     if kept is not None:

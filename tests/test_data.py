@@ -6,6 +6,7 @@ import lzma
 import random
 import socket
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -287,10 +288,14 @@ def test_a_teacher_writes_its_share_of_the_text(
     )
     specs = tuple(part.format(text=text) for part in mix)
     asked: list[int] = []
+    seeds: list[int] = []
     capitals = tiny.tokenizer()("AZ")["input_ids"]
 
-    def teacher_text(model: object, tok: object, n_blocks: int, length: int, **_: object) -> object:
+    def teacher_text(
+        model: object, tok: object, n_blocks: int, length: int, seed: int, **_: object
+    ) -> object:
         asked.append(n_blocks)
+        seeds.append(seed)
         return torch.randint(capitals[0], capitals[1] + 1, (n_blocks, length))
 
     monkeypatch.setattr(data, "teacher_text", teacher_text)
@@ -304,3 +309,6 @@ def test_a_teacher_writes_its_share_of_the_text(
     own = ((blocks >= capitals[0]) & (blocks <= capitals[1])).float().mean()
     assert float(own) == pytest.approx(share, abs=0.03)
     assert len(opened.held_out) == 62 * 256
+    later = replace(recipe, base="what a run has made")
+    corpus.corpus(tiny.loaded(), later, specs, **options)  # type: ignore[arg-type]
+    assert asked == [written] * 2 and seeds[0] != seeds[1]
