@@ -515,3 +515,14 @@ def test_a_teacher_of_another_shape_is_refused(source: Path, text: Path, tmp_pat
             offline=True,
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_got_worse_is_said_of_several_steps() -> None:
+    down = [2.0] * 10 + [1.0] * 80 + [1.9] * 9 + [2.5]
+    assert distill._afterwards([]) == distill._afterwards(down) == []
+    assert distill._afterwards([1.0, 1.5]) == [
+        "The loss got worse: 1.0000 at the first step, 1.5000 at the last."
+    ]
+    assert distill._afterwards(down[::-1]) == [
+        "The loss got worse: 1.9600 at the first 10 steps (mean), 2.0000 at the last."
+    ]
