@@ -130,8 +130,8 @@ def _own_text(
         if record.get("key") == key:
             return list(record["text"])
     # what goes on from a run has another base, and so text that the run has not read
-    drawn = hashlib.blake2b(f"{recipe.seed} {recipe.base}".encode(), digest_size=6).digest()
-    seed = int.from_bytes(drawn, "big")
+    digest = hashlib.blake2b(f"{recipe.seed} {recipe.base}".encode(), digest_size=6).digest()
+    seed = int.from_bytes(digest, "big")
     with products(settings, teacher.model.device):
         ids = data.teacher_text(
             teacher.model, teacher.tokenizer, blocks, length, seed=seed, progress=progress

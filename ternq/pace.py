@@ -83,18 +83,27 @@ def end_to_end(
 
 
 def _writing(prepared: Prepared) -> float:
-    """Seconds that the teacher takes to write its share of the text."""
+    """Seconds that the teacher takes to write its share of the text.
+
+    What it keeps of the tokens before grows with each, and so does the time for the next one: in
+    ``n`` steps ``a * n + b * n**2``, of which both are found by writing a little and some more.
+    """
     settings = prepared.recipe.training
-    blocks = own_blocks(settings, prepared.corpus.specs)
+    blocks, steps = own_blocks(settings, prepared.corpus.specs), settings.sequence_length - 1
     if not blocks:
         return 0.0
-    rows, steps = min(blocks, data.side_by_side(settings.sequence_length)), 4
+    rows = min(blocks, data.side_by_side(settings.sequence_length))
     writer = prepared.teacher or prepared.student
-    model, tokenizer = writer.model, writer.tokenizer
-    with products(settings, model.device):
-        data.teacher_text(model, tokenizer, rows, 2)
-        _, seconds = _timed(lambda: data.teacher_text(model, tokenizer, rows, 1 + steps))
-    return seconds / steps * (settings.sequence_length - 1) * -(-blocks // rows)
+
+    def written(count: int) -> float:
+        return _timed(lambda: data.teacher_text(writer.model, writer.tokenizer, rows, 1 + count))[1]
+
+    few, more = min(4, steps), min(32, steps)
+    with products(settings, writer.model.device):
+        written(1)  # sets things up
+        first, second = written(few) / few, written(more) / more
+    growth = max(0.0, second - first) / max(1, more - few)
+    return (first + growth * (steps - few)) * steps * -(-blocks // rows)
 
 
 def by_blocks(
