@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--data", nargs="+", default=[], help="Text, for another than the demo.")
     parser.add_argument("--others", nargs="+", default=[],
-                        help="Texts unlike it, to measure on as well.")  # fmt: skip
+                        help="Texts unlike it, to measure on; want their own --out.")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="Print it, and run nothing.")
     parser.add_argument("--base", default=BASE, help="The variant that others are compared with.")
     args = parser.parse_args()
@@ -285,8 +285,8 @@ def main() -> None:
     training = replace(default_recipe(DEMO).training, lr=1e-3, steps=args.steps,
                        calibration=args.calibration)  # fmt: skip
     for seed in args.seeds:
-        texts = tuple(args.data), tuple(args.others)
-        setting = Setting(args.model, teacher, texts[0], training, seed, texts[1])
+        setting = Setting(args.model, teacher, tuple(args.data), training, seed,
+                          tuple(args.others))  # fmt: skip
         full: dict[str, Any] = {"teacher": setting.perplexity(teacher.model)}
         if setting.others:
             full["teacher_others"] = setting.elsewhere(teacher.model)
