@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ternq.errors import InputError, RecipeError
+from ternq.perplexity import free_memory
 from ternq.progress import Event, Progress, ignore
 from ternq.sampling import drawn
 from ternq.text import Source, open_source, read_documents, shuffled
@@ -31,8 +32,9 @@ __all__ = [
 ]
 
 SELF = "self"
-AT_ONCE = 2**14  # tokens that a teacher writes side by side; what it has to keep of them grows so
 """The source that stands for text written by the teacher."""
+
+AT_ONCE = 2**14  # tokens that a teacher writes side by side, where memory allows; more gain nothing
 
 
 def parse_mix(specs: Sequence[str]) -> list[tuple[str, float]]:
@@ -129,23 +131,39 @@ def teacher_text(
     """Blocks [n_blocks, length] that the model writes itself, sampled at temperature 1.
 
     Each begins with BOS (else EOS, else a random token); an end of text is not a stop, the model
-    writes on. This is the data-free text of LLM-QAT (Liu et al. 2023, arXiv 2305.17888).
+    writes on. This is the data-free text of LLM-QAT (Liu et al. 2023, arXiv 2305.17888). How many
+    blocks are written at once does not change what is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
+    starts = _first_tokens(model, tokenizer, n_blocks, generator)
+    draws = torch.rand(n_blocks, length - 1, dtype=torch.float64, generator=generator)
+    rows = batch_size or side_by_side(model, length)
     was_training, done = model.training, []
-    rows = batch_size or side_by_side(length)
     model.eval()
-    for first in range(0, n_blocks, rows):
-        start = _first_tokens(model, tokenizer, min(rows, n_blocks - first), generator)
-        done.append(_sample(model, start, length, generator))
-        progress(Event("text", done=first + len(start), total=n_blocks))
+    for start, own in zip(torch.split(starts, rows), torch.split(draws, rows), strict=True):
+        done.append(_sample(model, start, own))
+        progress(Event("text", done=sum(map(len, done)), total=n_blocks))
     model.train(was_training)
     return torch.cat(done)
 
 
-def side_by_side(length: int) -> int:
-    """Blocks of so many tokens that a teacher writes at once."""
-    return max(1, AT_ONCE // length)
+def side_by_side(model: Any, length: int) -> int:
+    """Blocks of so many tokens that a teacher writes at once.
+
+    What it keeps of them, counted in float32, has an eighth of the free memory at most.
+    """
+    size = 8 * length * _cached(model) + 32 * model.get_output_embeddings().out_features
+    fits = free_memory(model.device) // 8 // size
+    return int(max(1, min(AT_ONCE // length, fits)))
+
+
+def _cached(model: Any) -> int:
+    """Numbers of a key that a token leaves in the caches of all blocks, and as many of a value."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return int(config.num_hidden_layers * keys * size)
 
 
 def fingerprint(document: str) -> bytes:
@@ -254,12 +272,12 @@ def _first_tokens(model: Any, tokenizer: Any, rows: int, generator: torch.Genera
     return torch.full((rows, 1), begin)
 
 
-def _sample(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """Continue ids [rows, 1] to [rows, length], on the processor's own random numbers."""
+def _sample(model: Any, ids: Tensor, draws: Tensor) -> Tensor:
+    """Continue ids [rows, 1] by a token for each of ``draws`` [rows, n], uniform in [0, 1)."""
     past = None
-    for _ in range(length - 1):
+    for at in torch.split(draws, 1, dim=1):
         out = model(ids[:, -1:].to(model.device), past_key_values=past, use_cache=True)
         past = out.past_key_values
         chances = out.logits[:, -1].float().softmax(-1).cpu()
-        ids = torch.cat([ids, drawn(chances, generator).unsqueeze(1)], dim=1)
+        ids = torch.cat([ids, drawn(chances, at)], dim=1)
     return ids

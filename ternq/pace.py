@@ -92,8 +92,8 @@ def _writing(prepared: Prepared) -> float:
     blocks, steps = own_blocks(settings, prepared.corpus.specs), settings.sequence_length - 1
     if not blocks:
         return 0.0
-    rows = min(blocks, data.side_by_side(settings.sequence_length))
     writer = prepared.teacher or prepared.student
+    rows = min(blocks, data.side_by_side(writer.model, settings.sequence_length))
 
     def written(count: int) -> float:
         return _timed(lambda: data.teacher_text(writer.model, writer.tokenizer, rows, 1 + count))[1]

@@ -10,16 +10,14 @@ _COLD = 1e-30  # of a temperature; logits divided by less overflow, and the like
 _FIRST = 256  # candidates that top-p looks at before it sorts the whole vocabulary
 
 
-def drawn(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Places ``[...]`` drawn with probabilities ``[..., n]``, on the CPU.
+def drawn(chances: Tensor, at: Tensor) -> Tensor:
+    """Places ``[..., k]`` drawn with probabilities ``[..., n]``, on the CPU.
 
-    Each is found in the sums of the probabilities by one random number, which takes a tenth of the
-    time of ``torch.multinomial``.
+    Each is found in the sums of the probabilities by one number ``at`` ``[..., k]``, float64 and
+    uniform in [0, 1), which takes a tenth of the time of ``torch.multinomial``.
     """
     sums = chances.cumsum(-1, dtype=torch.float64)
-    shape = (*chances.shape[:-1], 1)
-    at = torch.rand(shape, dtype=torch.float64, generator=generator) * sums[..., -1:]
-    return torch.searchsorted(sums, at).clamp_(max=chances.shape[-1] - 1).squeeze(-1)
+    return torch.searchsorted(sums, at * sums[..., -1:]).clamp_(max=chances.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Sampling:
         if self.temperature < _COLD:
             return int(logits.max(0).indices)  # a third of the time of argmax
         scores, tokens = self.candidates(logits)
-        return int(tokens[drawn(scores.softmax(0))])
+        return int(tokens[drawn(scores.softmax(0), torch.rand(1, dtype=torch.float64))])
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled logits and ids of the tokens that can be drawn."""

@@ -244,7 +244,7 @@ def test_teacher_text_is_sampled_from_the_teacher() -> None:
             return type("Out", (), {"logits": out, "past_key_values": None})
 
     tok = type("Tok", (), {"bos_token_id": 0, "eos_token_id": 1})
-    ids = data.teacher_text(Bigram(), tok, 40, 300, seed=1)
+    ids = data.teacher_text(Bigram(), tok, 40, 300, seed=1, batch_size=40)
     assert ids.shape == (40, 300)
     assert bool((ids[:, 0] == 0).all())
     counts = torch.zeros(3, 3)
@@ -259,17 +259,30 @@ def test_teacher_text_with_the_cache_of_a_real_model() -> None:
     one = data.teacher_text(
         model, tiny.tokenizer(), 5, 20, seed=7, batch_size=2, progress=said.append
     )
-    two = data.teacher_text(model, tiny.tokenizer(), 5, 20, seed=7, batch_size=2)
-    assert torch.equal(one, two)
+    two = data.teacher_text(model, tiny.tokenizer(), 5, 20, seed=7)
+    assert torch.equal(one, two)  # at once or not
     assert [event.done for event in said] == [2, 4, 5]
     assert model.training
     generator = torch.Generator().manual_seed(7)
-    ids = torch.full((2, 1), 256)
+    ids, draws = (
+        torch.full((5, 1), 256),
+        torch.rand(5, 19, 1, dtype=torch.float64, generator=generator),
+    )
     with torch.no_grad():
-        for _ in range(19):
+        for step in range(19):
             chances = model.eval()(ids, use_cache=False).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, drawn(chances, generator)[:, None]], dim=1)
-    assert torch.equal(ids, one[:2])
+            ids = torch.cat([ids, drawn(chances, draws[:, step])], dim=1)
+    assert torch.equal(ids, one)
+
+
+def test_a_teacher_writes_as_much_at_once_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of one block with 2 heads of 8, in float32, are 128 bytes a token."""
+    model = tiny.model()
+    assert data.side_by_side(model, 256) == 64
+    vocabulary = model.get_output_embeddings().out_features
+    for free, rows in ((8 * 5 * (128 * 256 + 32 * vocabulary), 5), (0, 1)):
+        monkeypatch.setattr(data, "free_memory", lambda device, free=free: free)
+        assert data.side_by_side(model, 256) == rows
 
 
 @pytest.mark.parametrize(
