@@ -123,6 +123,9 @@ VARIANTS = {
     "start compensated, scales": Variant(training=SCALES),
     "start compensated, scales, no shift": Variant({"shift": False}, SCALES),
     "start compensated, scales, features: none": _trained(**SCALES, off=0.0),
+    "start compensated, scales, features: squared error": Variant(
+        training=SCALES, within=_instead(features=squared_features)
+    ),
     "start compensated, scales, logits: none": _trained(**SCALES, kl=0.0),
     "start compensated, scales, KL and CE 0.5": _trained(**SCALES, ce=0.5),
     "start compensated, scales, lr 3e-3": _trained(**SCALES, lr=3e-3),
