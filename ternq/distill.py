@@ -19,6 +19,7 @@ from ternq import (
     budget,
     checkpoint,
     hf,
+    metrics,
     origin,
     outlines,
     processes,
@@ -267,7 +268,7 @@ def train_run(
             *prepared.notes,
             *record.get("start", []),
             *trainer.said,
-            *_afterwards(trainer.losses),
+            *_afterwards([row["loss"] for row in metrics.steps(out)]),
         ],
         "seconds": time.monotonic() - began,
     }

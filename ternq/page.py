@@ -6,7 +6,6 @@ the charts, built by an XML writer, are.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ternq import panels, report, scores
+from ternq.metrics import steps_of
 from ternq.shown import Table, duration, names, number, printable, size
 
 Payload = Mapping[str, Any]
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,24 +48,6 @@ def training_of(payload: Payload) -> tuple[str, list[dict[str, Any]]]:
         if place and (steps := steps_of(place)):
             return str(place), steps
     return "", []
-
-
-def steps_of(out: str | Path) -> list[dict[str, Any]]:
-    """The values of every training step of a run, or of what was made of one; none without."""
-    folder = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow links
-    beside = folder.parent / f"{folder.name}.report"
-    found = [place / METRICS for place in (beside, folder)]
-    rows = next((p.read_text("utf-8").splitlines() for p in found if p.is_file()), [])
-    return list(filter(None, map(_row, rows)))
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """A line's object; None for one that a killed run left half-written."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _environment() -> Environment:

@@ -28,8 +28,9 @@ from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
 from ternq.files import sha256
 from ternq.linear import ternary_layers
+from ternq.metrics import METRICS
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
-from ternq.snapshots import CHECKPOINTS, METRICS
+from ternq.snapshots import CHECKPOINTS
 from ternq.trackers import LOGS
 
 REPORT = origin.REPORT

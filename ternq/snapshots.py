@@ -7,7 +7,6 @@ a number. `Writer` does this on a thread of its own, from copies, while training
 
 import contextlib
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 import ternq
-from ternq import checkpoint, processes
+from ternq import checkpoint, metrics, processes
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
-from ternq.files import renamed, sync
+from ternq.files import sync
 from ternq.optimize import load_state_tensors, state_tensors
 from ternq.perplexity import free_memory
 from ternq.progress import Event, Progress, ignore
@@ -29,7 +28,6 @@ from ternq.publish import CHECKPOINT as STATE
 from ternq.states import load_state, unique_state
 
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
 FORMAT = 2  # 1 had no hashes and no random numbers
 COPY_SHARE = 0.5  # of the free memory may go to copies; training needs some of it beside
 
@@ -149,7 +147,7 @@ def write(run: Path, step: int, tensors: Tensors, record: dict[str, Any], keep: 
             # Raised on whatever it is; half a checkpoint would only take room from a whole one.
             shutil.rmtree(staged, ignore_errors=True)
             raise
-        sync(run / METRICS)
+        sync(run / metrics.METRICS)
         if final.exists():
             _drop(final)
         staged.rename(final)
@@ -189,7 +187,7 @@ def restore(
         load_state_tensors(optimizer, saved | record["values"])
         _set_random(checkpoint.load_tensors(last / "random.safetensors"))
     if processes.is_main():
-        _drop_later(run / METRICS, record.get("step", 0))
+        metrics.drop_later(run, record.get("step", 0))
     return record or None
 
 
@@ -286,19 +284,3 @@ def _drop(path: Path) -> None:
     doomed = path.with_name(path.name + ".old.part")
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _drop_later(path: Path, step: int) -> None:
-    """Cut metrics to what was said up to a step; lines that are half written go too."""
-    content = path.read_bytes() if path.exists() else b""
-    kept = [line for line in content.splitlines(keepends=True) if _is_of(line, step)]
-    if (whole := b"".join(kept)) != content:
-        with renamed(path) as temporary:
-            temporary.write_bytes(whole)
-
-
-def _is_of(line: bytes, step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False

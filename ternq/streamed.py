@@ -7,7 +7,6 @@ that both are measured on the way. A stopped run goes on at the first block that
 activations are computed again from the finished ones, to the same bits.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import ternq
-from ternq import checkpoint, hf, origin, outlines, packing, processes, runs, stop
+from ternq import checkpoint, hf, metrics, origin, outlines, packing, processes, runs, stop
 from ternq import corpus as corpora
 from ternq.calibrate import Started, on, run, start_block, use
 from ternq.errors import RecipeError
@@ -32,7 +31,6 @@ from ternq.prepared import Prepared, described, refuse_own_code, text_of
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, Training
 from ternq.reconstruct import rows_at_once, work
-from ternq.snapshots import METRICS
 from ternq.source import Source, of_stored, stored_names
 from ternq.ternary import TernaryWeight
 from ternq.walk import Walk
@@ -350,8 +348,9 @@ def _report(
     settings, recipe = prepared.settings, prepared.recipe
     pairs = [pair for block in record["blocks"] for pair in block["distances"]]
     pairs = [(before, min(before, after)) for before, after in pairs]  # else it was put back
-    lines = [{"step": i, "loss": after} for i, (_, after) in enumerate(pairs, 1)]
-    (out / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    metrics.drop_later(out, 0)
+    for index, (_, after) in enumerate(pairs, 1):
+        metrics.append(out, {"step": index, "loss": after})
     means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)] if pairs else [None, None]
     steps, tokens = work(settings)
     made = replace(recipe, training=replace(settings, data=prepared.corpus.specs))

@@ -17,8 +17,9 @@ from ternq.evaluate import evaluate
 from ternq.files import renamed
 from ternq.linear import ternary_layers
 from ternq.measure import Limit, check_metrics
+from ternq.metrics import METRICS, steps_of
 from ternq.pack import pack
-from ternq.page import page, steps_of
+from ternq.page import page
 from ternq.perplexity import give_back
 from ternq.prepared import perplexity
 from ternq.progress import Event, Progress, ignore
@@ -26,7 +27,6 @@ from ternq.recipe import Recipe, flag, refuse_scratch, untrained
 from ternq.report import markdown
 from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
-from ternq.snapshots import METRICS
 from ternq.tasks import Job, load_jobs
 from ternq.weights import layer_diagnostics
 

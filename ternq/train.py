@@ -7,7 +7,6 @@ numbers but what follows from seed and step (`ternq.optimize.take_step`): dropou
 text is a stream that is skipped to its place.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ternq import processes, snapshots, stop, trackers
+from ternq import metrics, processes, snapshots, stop, trackers
 from ternq.errors import DivergenceError, TernqError
-from ternq.files import writing
 from ternq.frozen import arrange
 from ternq.linear import decoder_blocks, rounded_once
 from ternq.objective import Objective
@@ -253,9 +251,7 @@ class Trainer:
         if not processes.is_main():
             return
         line = {"step": self.step, "seconds": round(self.seconds, 3)} | values
-        path = self.folder / snapshots.METRICS
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        metrics.append(self.folder, line)
         self.accelerator.log(values, step=self.step)
         shown = {"loss": values["loss"], "lr": values["lr"]}
         shown |= {k: values[k] for k in ("flip_share",) if k in values}

@@ -16,7 +16,8 @@ from conftest import Demo
 
 from ternq import chart, ternarize
 from ternq.chart import Axis, Point, Series, free_place, lines, scatter, spread, strip
-from ternq.page import page, steps_of, training_of
+from ternq.metrics import steps_of
+from ternq.page import page, training_of
 
 VOID = {"meta", "br", "hr", "input", "img", "link"}
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\x00\x1b[31m\x85\ud800\u202e"

@@ -12,14 +12,13 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from test_train import metrics, trainer
+from test_train import trainer
 from together import KIND, SETTINGS, finish
 
-from ternq import checkpoint, cli, origin, processes, snapshots, stop
+from ternq import checkpoint, cli, metrics, origin, processes, snapshots, stop
 from ternq.errors import RecipeError, StoppedError
 from ternq.footprint import footprint
 from ternq.recipe import Scheme, Training
-from ternq.snapshots import METRICS
 
 ENGINES = ["ddp", "fsdp"]
 
@@ -55,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(a: Path, b: Path) -> None:
     """The same metrics and the same student, within rounding."""
-    one, two = metrics(a), metrics(b)
+    one, two = metrics.steps(a), metrics.steps(b)
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4]
     for left, right in zip(one, two, strict=True):
         del left["seconds"], right["seconds"]
@@ -93,7 +92,10 @@ def test_a_signal_to_one_stops_all_after_the_same_step(folder: Path, engine: str
     said = {(run / f"said-{rank}").read_text() for rank in (0, 1)}
     assert said == {"Stopped after step 2 of 4 (SIGTERM); a checkpoint is saved."}
     assert [p.name for p in snapshots.checkpoints(run)] == ["step-00000002"]
-    assert len((run / METRICS).read_text().splitlines()) == 2  # the main process alone writes
+    # the main process alone writes
+    assert (
+        len((run / metrics.METRICS).read_text().splitlines()) == 2
+    )  # the main process alone writes
 
 
 def test_what_each_holds_of_shards_is_what_was_counted(folder: Path) -> None:
@@ -189,7 +191,7 @@ def test_the_whole_job_by_two_processes(
     result = json.loads(line)
     assert result["status"] == "ok"
     assert result["verify"]["ok"]
-    assert len((tmp_path / "out.report" / METRICS).read_text().splitlines()) == 3
+    assert len((tmp_path / "out.report" / metrics.METRICS).read_text().splitlines()) == 3
     assert done.stderr.count("Loading") == 1  # others are silent
     assert not (tmp_path / "out.run").exists()
 
@@ -205,7 +207,7 @@ def test_a_stopped_command_says_so_once_and_goes_on(
     assert stopped.stderr.count("exitcode  : 75") == 2
     assert json.loads(stopped.stdout)["exit_code"] == 75
     assert cli.run(command[3:]) == 0
-    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert [line["step"] for line in metrics.steps(run)] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 import torch
 
-from ternq import checkpoint, cli, corpus, distill, hf, origin, snapshots, states, stop
+from ternq import checkpoint, cli, corpus, distill, hf, metrics, origin, states, stop
 from ternq.errors import InputError, RecipeError, StoppedError
 from ternq.linear import AbsmeanLinear, decoder_blocks, prepare, settled, ternary_layers
 from ternq.optimize import optimizer
@@ -155,7 +155,7 @@ def test_absmean_distils_a_trained_model_too(source: Path, text: Path, tmp_path:
     made = replace(checkpoints.recipe(source, text), scheme=Scheme(method="absmean"))
     report = distill.distill(str(source), tmp_path / "run", made, offline=True)
     assert report["teacher"]["perplexity"] > 1
-    assert "off" in (tmp_path / "run" / snapshots.METRICS).read_text()
+    assert "off" in (tmp_path / "run" / metrics.METRICS).read_text()
     latent = hf.load(str(source)).model.model.layers[0].mlp.up_proj.weight
     now = hf.load(str(tmp_path / "run")).model.model.layers[0].mlp.up_proj.weight
     assert torch.allclose(latent, now, atol=0.01)  # it began as the model's weight
@@ -249,7 +249,7 @@ def test_resumed_is_uninterrupted_to_the_bit(
     assert set(one) == set(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert parts["student"] == whole["student"]
-    lines = (tmp_path / "parts" / snapshots.METRICS).read_text().splitlines()
+    lines = (tmp_path / "parts" / metrics.METRICS).read_text().splitlines()
     assert len({json.loads(line)["step"] for line in lines}) == 6
 
 

@@ -18,7 +18,19 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
-from ternq import checkpoint, corpus, data, distill, hf, origin, runs, snapshots, stop, text
+from ternq import (
+    checkpoint,
+    corpus,
+    data,
+    distill,
+    hf,
+    metrics,
+    origin,
+    runs,
+    snapshots,
+    stop,
+    text,
+)
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
 from ternq.progress import Event, ignore
 from ternq.recipe import Recipe
@@ -194,14 +206,14 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(small: Small, 
     small.step()
     small.save(2)
     lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
-    (small.folder / snapshots.METRICS).write_text("".join(lines) + '{"step": 1, "lo')
+    (small.folder / metrics.METRICS).write_text("".join(lines) + '{"step": 1, "lo')
     damage(small.folder / snapshots.CHECKPOINTS / "step-00000002" / file)
     events: list[Event] = []
     assert small.restore(events.append)["step"] == 1
     assert torch.equal(small.weights(), first)
     assert [event.level for event in events] == ["warning"]
     assert "step-00000002 is damaged" in str(events[0].message)
-    assert (small.folder / snapshots.METRICS).read_text() == lines[0]
+    assert (small.folder / metrics.METRICS).read_text() == lines[0]
     damage(small.folder / snapshots.CHECKPOINTS / "step-00000001" / file)
     with pytest.raises(InputError, match="No checkpoint in .* is whole"):
         small.restore()
@@ -297,7 +309,7 @@ def test_a_removal_that_was_cut_off_is_gone_on_with(tiny_recipe: Recipe, tmp_pat
     stopped(tiny_recipe, run)
     (run / origin.RUN_FILE).rename(run / f".{origin.RUN_FILE}.removed")
     report = distill.distill(tiny_recipe.model, run, tiny_recipe, offline=True)
-    assert len((run / snapshots.METRICS).read_text().splitlines()) == 3
+    assert len((run / metrics.METRICS).read_text().splitlines()) == 3
     assert report["training"]["steps"] == 3
 
 
@@ -309,7 +321,7 @@ def test_the_clock_jumps(
     recipe = replace(tiny_recipe, training=replace(tiny_recipe.training, checkpoint_minutes=0.0))
     report = distill.distill(recipe.model, tmp_path / "run", recipe, offline=True, time_limit=900)
     assert 0 < report["training"]["seconds"] < 900
-    lines = (tmp_path / "run" / snapshots.METRICS).read_text().splitlines()
+    lines = (tmp_path / "run" / metrics.METRICS).read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
     assert seconds == sorted(seconds)
 

@@ -1,7 +1,6 @@
 """Training: its gradients, its features, its records; and that stopping changes nothing."""
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
@@ -14,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternq import checkpoint, corpus, distill, hf, origin, schedule, snapshots, states, stop
+from ternq import (
+    checkpoint,
+    corpus,
+    distill,
+    hf,
+    metrics,
+    origin,
+    schedule,
+    snapshots,
+    states,
+    stop,
+)
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
 from ternq.linear import prepare, ternary_layers
@@ -77,11 +87,6 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-5) -
     assert set(a) == set(b)
     for name in a:
         assert torch.allclose(a[name], b[name], atol=tolerance, rtol=1e-4), name
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / snapshots.METRICS).read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 # Features
@@ -237,7 +242,7 @@ def test_metrics(tmp_path: Path) -> None:
     start = {n: m.codes() for n, m in ternary_layers(made.student).items()}
     scales = {n: m.weight_scale.detach().clone() for n, m in ternary_layers(made.student).items()}
     made.run()
-    lines = metrics(tmp_path)
+    lines = metrics.steps(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [e.done for e in events] == [1, 2, 3]
     for line in lines:
@@ -261,7 +266,7 @@ def test_metrics(tmp_path: Path) -> None:
 def test_diagnostics_are_taken_now_and_then(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=40, batch_size=1, off=0.0)
     made.run()
-    lines = metrics(tmp_path)
+    lines = metrics.steps(tmp_path)
     assert [line["step"] for line in lines if "zero_share" in line] == [*range(1, 41, 2), 40]
 
 
@@ -282,7 +287,7 @@ def test_one_flip_is_counted(tmp_path: Path) -> None:
 
 def outcome(folder: Path) -> tuple[dict[str, Tensor], list[float]]:
     student = checkpoint.load_tensors(folder / origin.STUDENT_FILE)
-    return student, [line["loss"] for line in metrics(folder)]
+    return student, [line["loss"] for line in metrics.steps(folder)]
 
 
 def same(
@@ -364,7 +369,7 @@ def test_killed_while_it_saved(
     half = run / snapshots.CHECKPOINTS / "step-00000002.part"  # a second checkpoint, half written,
     half.mkdir()
     (half / "student.safetensors").write_bytes(b"half")
-    with (run / snapshots.METRICS).open("a") as file:  # and what was said of later steps
+    with (run / metrics.METRICS).open("a") as file:  # and what was said of later steps
         file.write('{"step": 2, "loss": 9.0}\n{"step": 3, "lo')
     distill.distill(str(source), run, recipe, offline=True)
     same(outcome(tmp_path / "whole"), outcome(run))
@@ -517,12 +522,20 @@ def test_a_teacher_of_another_shape_is_refused(source: Path, text: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_got_worse_is_said_of_several_steps() -> None:
-    down = [2.0] * 10 + [1.0] * 80 + [1.9] * 9 + [2.5]
-    assert distill._afterwards([]) == distill._afterwards(down) == []
-    assert distill._afterwards([1.0, 1.5]) == [
-        "The loss got worse: 1.0000 at the first step, 1.5000 at the last."
-    ]
-    assert distill._afterwards(down[::-1]) == [
-        "The loss got worse: 1.9600 at the first 10 steps (mean), 2.0000 at the last."
-    ]
+@pytest.mark.parametrize("worse", [True, False])
+def test_a_loss_that_got_worse_is_said_of_several_steps(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worse: bool
+) -> None:
+    """A tenth of them; single ones differ by more than a training changes."""
+    append = metrics.append
+
+    def told(folder: Path, values: dict[str, Any]) -> None:
+        loss = {1: 1.0, 2: 4.0, 19: 2.0}.get(values["step"], 6.0 if worse else 2.5)
+        append(folder, values | {"loss": loss})
+
+    monkeypatch.setattr(metrics, "append", told)
+    recipe = checkpoints.recipe(source, text, steps=20)
+    report = distill.distill(str(source), tmp_path / "run", recipe, offline=True)
+    said = [note for note in report["notes"] if "got worse" in note]
+    one = "The loss got worse: 2.5000 at the first 2 steps (mean), 4.0000 at the last."
+    assert said == ([one] if worse else [])

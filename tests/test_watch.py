@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import batch, metrics, trainer
+from test_train import batch, trainer
 
-from ternq import snapshots, watch
+from ternq import metrics, snapshots, watch
 from ternq.errors import DivergenceError, RecipeError
 from ternq.linear import ternary_layers
 from ternq.progress import Event
@@ -110,7 +110,7 @@ def test_a_retreat_goes_back_with_half_the_rate_and_reads_on(tmp_path: Path) -> 
     assert steps[: steps.index(3) + 1] == [0, 1, 2, 3] and back in (1, 2, 3)
     assert made.step == 6 and made.retreats == 1
     assert made.read == 4 * len(steps)  # nothing is read twice
-    rates = {line["step"]: line["lr"] for line in metrics(tmp_path)}
+    rates = {line["step"]: line["lr"] for line in metrics.steps(tmp_path)}
     whole = trainer(tmp_path / "other", steps=6).settings
     assert rates[6] == pytest.approx(0.5 * whole.peak_lr * (6 - 5) / 5)
     assert "diverged at step 4" in made.said[0] and "1/2 of the rate" in made.said[0]
