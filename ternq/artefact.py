@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ternq import checkpoint, hf, int8, modeling_ternq, packing
 from ternq.errors import RecipeError, VerificationError
+from ternq.files import write_json
 from ternq.progress import Event, Progress
+from ternq.publish import FORMAT_VERSION
 from ternq.source import Source, constant_rows
 from ternq.ternary import n_groups
 from ternq.weights import Tally, embeddings
@@ -195,14 +197,14 @@ def _write_config(source: Source, folder: Path, dtype: torch.dtype, tables: dict
     }
     config["quantization_config"] = {
         "quant_method": modeling_ternq.METHOD,
-        "format_version": checkpoint.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "codec": "base3",
         "group_size": source.group_size,
         "shift": source.shift,
         "modules": list(source.modules),
         "int8_modules": list(tables.values()),
     }
-    checkpoint.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def code(source: Source) -> str:

@@ -1,7 +1,7 @@
 """Tensors of a model on disk: safetensors, one file or shards, read lazily and without trust.
 
 This is the one door to safetensors. No other format is read, so no file can run code. Folders are
-published by `ternq.publish`, single files written by `ternq.files`; their names are here too.
+published by `ternq.publish`, single files written by `ternq.files`.
 """
 
 import contextlib
@@ -17,52 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ternq.errors import InputError, ResourceError
-from ternq.files import (
-    REFUSALS,
-    free_disk,
-    parse_json,
-    plain_name,
-    read_json,
-    renamed,
-    write_json,
-    writing,
-)
-from ternq.publish import (
-    EXPORT_MANIFEST,
-    FORMAT_VERSION,
-    MANIFEST,
-    check_output,
-    newest_artefact,
-    publish,
-    read_manifest,
-    staging,
-    verify_files,
-    write_manifest,
-)
-
-__all__ = [
-    "EXPORT_MANIFEST",
-    "FORMAT_VERSION",
-    "INDEX",
-    "MANIFEST",
-    "TENSORS",
-    "TensorFolder",
-    "check_output",
-    "dtype_name",
-    "free_disk",
-    "load_tensors",
-    "newest_artefact",
-    "plain_name",
-    "publish",
-    "read_json",
-    "read_manifest",
-    "save_tensors",
-    "staging",
-    "verify_files",
-    "write_json",
-    "write_manifest",
-    "writing",
-]
+from ternq.files import REFUSALS, parse_json, plain_name, read_json, renamed
 
 TENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ternq import checkpoint, data, hf
+from ternq import data, hf
+from ternq.files import read_json, write_json
 from ternq.perplexity import BLOCK
 from ternq.precision import products
 from ternq.progress import Progress
@@ -126,7 +127,7 @@ def _own_text(
     kept = None if cache is None else cache / OWN_TEXT_FILE
     key = [teacher.source, recipe.base, recipe.seed, blocks, length]
     if kept is not None and kept.is_file():
-        record = checkpoint.read_json(kept)
+        record = read_json(kept)
         if record.get("key") == key:
             return list(record["text"])
     # what goes on from a run has another base, and so text that the run has not read
@@ -139,5 +140,5 @@ def _own_text(
     written = [teacher.tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(kept, {"key": key, "text": written})
+        write_json(kept, {"key": key, "text": written})
     return written

@@ -32,6 +32,7 @@ from ternq import (
 )
 from ternq.calibrate import Started, compensated_start
 from ternq.errors import RecipeError
+from ternq.files import read_json, write_json
 from ternq.frozen import fold, plain_state
 from ternq.linear import decoder_blocks
 from ternq.precision import products
@@ -87,14 +88,14 @@ def distill(
         if (out / REPORT).is_file():
             snapshots.drop_all(out)
             progress(Event("done", f"{out} is finished already; nothing to do"))
-            return checkpoint.read_json(out / REPORT)
+            return read_json(out / REPORT)
         report = train_run(
             prepared, out, record, time_limit=time_limit, log_with=log_with, progress=progress
         )
         if not processes.is_main():
             return report
         report["student"] = perplexity(prepared, prepared.student, progress, "student")
-        checkpoint.write_json(out / REPORT, report)
+        write_json(out / REPORT, report)
         snapshots.drop_all(out)  # only now: a run that stops before it is done goes on from them
         for folder in (runs.START, runs.TEACHER_FOLDER):
             shutil.rmtree(out / folder, ignore_errors=True)
@@ -231,7 +232,7 @@ def train_run(
     if steps is None:
         steps = _steps(trainer, progress)
         record |= {"steps": steps}
-    processes.from_main(lambda: checkpoint.write_json(out / origin.RUN_FILE, record))
+    processes.from_main(lambda: write_json(out / origin.RUN_FILE, record))
     trainer.steps = steps
     if recipe.training.cache_teacher:
         trainer.learn_from(_cached(prepared, trainer, out, check, progress))
@@ -365,7 +366,7 @@ class _Start:
         if processes.is_main():
             self.path(index).parent.mkdir(exist_ok=True)
             checkpoint.save_tensors(states.unique_state(block), self.path(index))
-            checkpoint.write_json(self.run / origin.RUN_FILE, self.record)
+            write_json(self.run / origin.RUN_FILE, self.record)
 
 
 def _compensate(
@@ -398,7 +399,7 @@ def _compensate(
     for said in record["start"]:
         progress(Event("calibrate", said))
     if processes.is_main():
-        checkpoint.write_json(out / origin.RUN_FILE, record)
+        write_json(out / origin.RUN_FILE, record)
 
 
 def _steps(trainer: Trainer, progress: Progress) -> int:

@@ -35,6 +35,7 @@ from ternq.origin import (
 from ternq.outlines import check_structure, config_of, quantized_by, skeleton
 from ternq.perplexity import give_back
 from ternq.progress import Event, Progress, ignore
+from ternq.publish import MANIFEST, verify_files
 from ternq.recipe import Recipe, display_name
 from ternq.states import load_state, put_ternary
 from ternq.text import first_line, is_offline
@@ -83,7 +84,7 @@ def load(
     if path is not None and (path / RUN_FILE).is_file():
         return _load_run(model, path, device)
     where, options = find(model, path)
-    ours = path is not None and (path / checkpoint.MANIFEST).is_file()
+    ours = path is not None and (path / MANIFEST).is_file()
     trusted = trust_remote_code and not ours  # the code in an artefact is a copy of our own
     options |= {"local_files_only": offline, "trust_remote_code": trusted}
     with _of_artefact(path), in_words(model, offline):
@@ -175,10 +176,10 @@ def drawn(
 @contextmanager
 def _of_artefact(path: Path | None) -> Iterator[None]:
     """What is wrong with an artefact of ours is a `VerificationError`, with its own exit status."""
-    if path is None or not (path / checkpoint.MANIFEST).is_file():
+    if path is None or not (path / MANIFEST).is_file():
         yield
         return
-    checkpoint.verify_files(path)
+    verify_files(path)
     try:
         check_structure(path)
         yield

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ternq import checkpoint, hf, origin, outlines, structure
 from ternq.errors import InputError, RecipeError, VerificationError
+from ternq.files import read_json
 from ternq.linear import select
 from ternq.modeling_ternq import METHOD, TernqConfig, features
 from ternq.progress import Event, Progress
+from ternq.publish import EXPORT_MANIFEST, MANIFEST, verify_files
 from ternq.recipe import Scheme, display_name
 from ternq.recover import NotTernaryError, recover, scheme_of
 from ternq.source import Source, not_ternary, open_artefact, open_run
@@ -61,14 +63,14 @@ def opened(
     if path is not None and path.suffix == ".gguf":
         from ternq.formats.gguf_import import opened as opened_gguf
 
-        if (path.parent / checkpoint.EXPORT_MANIFEST).is_file():
-            checkpoint.verify_files(path.parent, checkpoint.EXPORT_MANIFEST)
+        if (path.parent / EXPORT_MANIFEST).is_file():
+            verify_files(path.parent, EXPORT_MANIFEST)
         with opened_gguf(path) as source:
             yield source
     elif path is not None and (path / origin.RUN_FILE).is_file():
         yield open_run(path)
-    elif path is not None and (path / checkpoint.MANIFEST).is_file():
-        checkpoint.verify_files(path)
+    elif path is not None and (path / MANIFEST).is_file():
+        verify_files(path)
         found = open_artefact(path)
         yield replace(found, layer=lambda name: found.layer(name).canonical())
     else:
@@ -77,7 +79,7 @@ def opened(
 
 
 def _says_its_layers(path: Path) -> bool:
-    marks = (origin.RUN_FILE, checkpoint.MANIFEST)
+    marks = (origin.RUN_FILE, MANIFEST)
     return path.suffix == ".gguf" or any((path / name).is_file() for name in marks)
 
 
@@ -100,12 +102,12 @@ def open_checkpoint(
         structure.check_config(folder / "config.json", len(list(tensors)))
     except VerificationError as error:
         raise InputError(error.message, error.hint) from error
-    config = checkpoint.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     quantization = config.pop("quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
     if method == METHOD:
         raise InputError(
-            f"'{model}' has no {checkpoint.MANIFEST}: save_pretrained wrote it, not ternq pack.",
+            f"'{model}' has no {MANIFEST}: save_pretrained wrote it, not ternq pack.",
             "Pack the artefact that was loaded, or the run.",
         )
     if method not in (None, _BITNET):

@@ -13,9 +13,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from ternq import checkpoint
 from ternq.errors import InputError
+from ternq.files import read_json
 from ternq.formats.gguf_file import Q2_0, Header
+from ternq.publish import MANIFEST
 from ternq.recipe import DEMO, DEMO_FOLDER
 from ternq.text import first_line, is_offline
 
@@ -59,7 +60,7 @@ def place(model: str, offline: bool = False) -> tuple[Path | None, bool]:
 
     offline = is_offline(offline)
     try:
-        hf_hub_download(model, checkpoint.MANIFEST, local_files_only=offline)
+        hf_hub_download(model, MANIFEST, local_files_only=offline)
     except (OSError, ValueError):  # another model, or none: whoever loads it says so
         return None, offline
     with in_words(model, offline):
@@ -129,7 +130,7 @@ def refuse_unfinished(run: Path) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What ``run.json`` of a run says; `InputError` if it is damaged."""
-    record = checkpoint.read_json(folder / RUN_FILE)
+    record = read_json(folder / RUN_FILE)
     for name, kind in (("recipe", dict), ("modules", list), ("dtype", str)):
         if not isinstance(record.get(name), kind):
             raise InputError(f"{folder / RUN_FILE} is damaged: it holds no {name}.")

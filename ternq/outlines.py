@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ternq import checkpoint, structure
+from ternq import structure
 from ternq.errors import InputError, VerificationError
+from ternq.files import read_json
 from ternq.modeling_ternq import METHOD, TernqConfig, put_packed
 from ternq.origin import BASE_FOLDER, RUN_FILE, find, in_words, place, read_run
 from ternq.recipe import Recipe, Scheme
@@ -127,7 +128,7 @@ def check_structure(folder: Path) -> None:
 
 def packed_config(folder: Path) -> TernqConfig:
     """The checked ``quantization_config`` of an artefact; `VerificationError` if it has none."""
-    found = checkpoint.read_json(folder / "config.json").get("quantization_config")
+    found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
         raise VerificationError(f"{folder / 'config.json'} has no quantization_config of ternq.")
     try:

@@ -18,11 +18,21 @@ import torch
 from ternq import artefact, checkpoint, formats, hf, intake, origin, outlines, packing, proof
 from ternq.card import card
 from ternq.errors import InputError, RecipeError, ResourceError
+from ternq.files import free_disk
 from ternq.formats import Options
 from ternq.hf import Loaded
 from ternq.linear import Dense, decoder_blocks, dense_parts, packed_layers
 from ternq.modeling_ternq import is_linear
 from ternq.progress import Event, Progress, ignore
+from ternq.publish import (
+    EXPORT_MANIFEST,
+    MANIFEST,
+    check_output,
+    read_manifest,
+    staging,
+    verify_files,
+    write_manifest,
+)
 from ternq.source import Source, of_model
 from ternq.weights import embeddings as embeddings_of
 from ternq.weights import stored_dtype, with_file
@@ -68,17 +78,17 @@ def pack(
     """
     options = options or Options()
     _check_request(format, embeddings, keep_dtype, options)
-    name = checkpoint.MANIFEST if format == "ternq" else checkpoint.EXPORT_MANIFEST
+    name = MANIFEST if format == "ternq" else EXPORT_MANIFEST
     asked = _digest(model, format, embeddings, group_size, skip, vars(options), keep_dtype)
     finished = None
     if asked and not overwrite and (out / name).is_file():
-        manifest = checkpoint.read_manifest(out, name)
+        manifest = read_manifest(out, name)
         if manifest.get("asked_sha256") == asked:
-            checkpoint.verify_files(out, name)  # what is finished must also be whole
+            verify_files(out, name)  # what is finished must also be whole
             progress(Event("done", f"{out} is finished already, of the same; nothing to do"))
             finished = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
     if finished is None:
-        checkpoint.check_output(out, overwrite)
+        check_output(out, overwrite)
     elif not plan:
         return {"out": str(out), **finished}
     with _opened(model, group_size, skip, offline, progress) as source:
@@ -91,7 +101,7 @@ def pack(
                 formats.module(format).check(source, options)
             return _planned(source, format, options, out)
         _check_room(source, format, options, out)
-        with checkpoint.staging(out, overwrite) as staged:
+        with staging(out, overwrite) as staged:
             if format == "ternq":
                 made = _ternq(source, staged, embeddings, keep_dtype, options.exact, progress)
             else:
@@ -103,7 +113,7 @@ def pack(
             (staged / "README.md").write_text(text, encoding="utf-8")
             kept = {k: v for k, v in about.items() if k not in ("notes", "dense_layers")}
             kept |= {"asked_sha256": asked} if asked else {}
-            manifest = checkpoint.write_manifest(staged, kept, name)
+            manifest = write_manifest(staged, kept, name)
     return {"out": str(out), "files": manifest["files"], **made}
 
 
@@ -151,13 +161,13 @@ def verify(
 
     Raises what `ternq.proof.verify` raises.
     """
-    if (folder / checkpoint.EXPORT_MANIFEST).is_file():
+    if (folder / EXPORT_MANIFEST).is_file():
         if model is not None:
             raise RecipeError(
                 f"'{folder}' is an export; only a ternq artefact is compared with its model.",
                 "Leave MODEL out to check its files.",
             )
-        manifest = checkpoint.verify_files(folder, checkpoint.EXPORT_MANIFEST)
+        manifest = verify_files(folder, EXPORT_MANIFEST)
         note = f"The files are as they were made; no reader of {manifest.get('format')} was run."
         return {
             "format": manifest.get("format"),
@@ -168,7 +178,7 @@ def verify(
         }
     if model is None:
         return proof.verify(folder, progress=progress)
-    checkpoint.read_manifest(folder)  # that it is an artefact; its files are hashed below
+    read_manifest(folder)  # that it is an artefact; its files are hashed below
     with intake.opened(
         model,
         group_size=None,
@@ -372,7 +382,7 @@ def _room(source: Source, format: str, options: Options, out: Path) -> tuple[int
     bits = {"ternq": 1.6 + 32 / source.group_size, "dense": wide}.get(format, 5)
     linear = _linear(source)
     size = int(bits * linear / 8 + wide / 8 * (source.parameters - linear))
-    return size, checkpoint.free_disk(out)
+    return size, free_disk(out)
 
 
 def _linear(source: Source) -> int:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from ternq import budget, checkpoint, hf, outlines, pace, scratch, streamed
+from ternq import budget, hf, outlines, pace, scratch, streamed
 from ternq.errors import InputError
+from ternq.files import free_disk
 from ternq.prepared import fitting, prepare_run
 from ternq.processes import Crew, refuse_uneven
 from ternq.progress import Event, Progress, ignore
+from ternq.publish import check_output
 from ternq.recipe import Recipe
 from ternq.student import student_of
 from ternq.teacher import cache_bytes
@@ -50,7 +52,7 @@ def plan(
     """
     scratch.check(recipe, teacher)
     refuse_uneven(recipe.training.batch_size, devices, "devices")
-    checkpoint.check_output(out, overwrite)
+    check_output(out, overwrite)
     own, starting = budget.own_bytes(), budget.age()
     built = outlines.blueprint(model, offline=offline, trust_remote_code=trust_remote_code)
     progress(Event("plan", "Counting what a step of training holds in memory"))
@@ -68,7 +70,7 @@ def plan(
     training = pace.budgeted(recipe)
     width = built.config.get_text_config().hidden_size
     disk = _disk(weights, counted, recipe, training["tokens"] or 0, width)
-    free = checkpoint.free_disk(out)
+    free = free_disk(out)
     found: dict[str, Any] = {
         "model": model,
         "weights": weights,

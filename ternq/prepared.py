@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import ternq
-from ternq import budget, checkpoint, hf, optimize, origin, outlines, processes, scratch, states
+from ternq import budget, hf, optimize, origin, outlines, processes, scratch, states
 from ternq import corpus as corpora
 from ternq.errors import InputError, RecipeError
 from ternq.frozen import arrange, made_on_host
@@ -25,6 +25,7 @@ from ternq.linear import (
 from ternq.perplexity import BLOCK, token_perplexity
 from ternq.precision import with_products
 from ternq.progress import Event, Progress, ignore
+from ternq.publish import MANIFEST, read_manifest
 from ternq.recipe import Recipe, Scheme, Training, defaults, idle, with_rate, with_start
 from ternq.student import student_of
 
@@ -244,8 +245,8 @@ def _recorded_base(base: hf.Loaded) -> str | None:
         return None
     if base.kind == "run":
         record = origin.read_run(base.path)
-    elif (base.path / checkpoint.MANIFEST).is_file():
-        record = checkpoint.read_manifest(base.path)
+    elif (base.path / MANIFEST).is_file():
+        record = read_manifest(base.path)
     else:  # an artefact that was loaded and saved again
         return None
     recipe = record.get("recipe", {})

@@ -19,6 +19,7 @@ from ternq.errors import InputError, TernqError, VerificationError
 from ternq.linear import packed_layers
 from ternq.modeling_ternq import DenseHead
 from ternq.progress import Event, Progress, ignore
+from ternq.publish import verify_files
 from ternq.source import Source, open_artefact
 from ternq.ternary import TernaryWeight
 from ternq.weights import Tally, embeddings, with_file
@@ -67,7 +68,7 @@ def verify(
         InputError: ``folder`` is no ternq artefact, or of a later format.
         VerificationError: it is damaged; the message names the file or the layer.
     """
-    manifest = checkpoint.verify_files(folder)
+    manifest = verify_files(folder)
     try:
         source = open_artefact(folder)
         tally = _check_values(source, folder, against, progress)

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import ternq
-from ternq import checkpoint, hf, origin, processes
+from ternq import hf, origin, processes
 from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
-from ternq.files import sha256
+from ternq.files import read_json, sha256, write_json, writing
 from ternq.linear import ternary_layers
 from ternq.metrics import METRICS
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
@@ -128,7 +128,7 @@ def _names(path: Path, handle: int) -> bool:
 def _in_use(path: Path) -> RecipeError:
     who = "another process"
     with contextlib.suppress(InputError, KeyError):
-        holder = checkpoint.read_json(path)
+        holder = read_json(path)
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     return RecipeError(
         f"'{path.parent}' is in use by {who}.",
@@ -144,7 +144,7 @@ def existing(out: Path, resume: bool | None, overwrite: bool) -> dict[str, Any] 
         InputError: there is none, and there must be.
     """
     if (out / origin.RUN_FILE).is_file():
-        if FORMAT not in checkpoint.read_json(out / origin.RUN_FILE):
+        if FORMAT not in read_json(out / origin.RUN_FILE):
             raise RecipeError(
                 f"'{out}' holds a {origin.RUN_FILE} that is not ternq's.", "Choose another -o."
             )
@@ -190,7 +190,7 @@ def begin(
 
     ``asked`` is the strategy before the machine had its say.
     """
-    with checkpoint.writing(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         hf.save_base(student, out / origin.BASE_FOLDER)
     record = {
@@ -205,7 +205,7 @@ def begin(
     }
     if recipe.training.from_scratch:  # nothing of a base model is in it, nor its licence
         del record["base_model"]
-    checkpoint.write_json(out / origin.RUN_FILE, record)
+    write_json(out / origin.RUN_FILE, record)
 
 
 def identity(
@@ -251,7 +251,7 @@ def changes(record: dict[str, Any], identity: dict[str, Any]) -> list[str]:
 def remove(out: Path, *, keep_own_text: bool = False) -> None:
     """Remove what a run wrote, and nothing else; killed on the way, it is `half_removed`."""
     if (out / origin.RUN_FILE).is_file():
-        with checkpoint.writing(out):
+        with writing(out):
             (out / origin.RUN_FILE).replace(out / _REMOVED)
     own = (CHECKPOINTS, origin.BASE_FOLDER, LOGS, TEACHER_FOLDER, BLOCKS, START)
     for folder in (out / name for name in own):

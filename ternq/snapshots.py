@@ -20,11 +20,12 @@ from torch import Tensor
 import ternq
 from ternq import checkpoint, metrics, processes
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
-from ternq.files import sync
+from ternq.files import read_json, sync, writing
 from ternq.optimize import load_state_tensors, state_tensors
 from ternq.perplexity import free_memory
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import CHECKPOINT as STATE
+from ternq.publish import verify_files, write_manifest
 from ternq.states import load_state, unique_state
 
 CHECKPOINTS = "checkpoints"
@@ -132,7 +133,7 @@ def write(run: Path, step: int, tensors: Tensors, record: dict[str, Any], keep: 
     folder = run / CHECKPOINTS
     final = folder / f"step-{step:08d}"
     staged = folder / (final.name + ".part")
-    with checkpoint.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.part"):  # by a run that was killed
             shutil.rmtree(left)
@@ -142,7 +143,7 @@ def write(run: Path, step: int, tensors: Tensors, record: dict[str, Any], keep: 
                 checkpoint.save_tensors(part, staged / name)
                 _compare(part, staged / name)
             about = {"checkpoint_format": FORMAT, "version": ternq.__version__, **record}
-            checkpoint.write_manifest(staged, about, STATE)
+            write_manifest(staged, about, STATE)
         except Exception:
             # Raised on whatever it is; half a checkpoint would only take room from a whole one.
             shutil.rmtree(staged, ignore_errors=True)
@@ -161,7 +162,7 @@ def write(run: Path, step: int, tensors: Tensors, record: dict[str, Any], keep: 
 def _is_good(path: Path) -> bool:
     """Whether its record says that the loss was not above its start (`ternq.watch`)."""
     with contextlib.suppress(InputError):
-        return bool(checkpoint.read_json(path / STATE).get("good", True))
+        return bool(read_json(path / STATE).get("good", True))
     return False
 
 
@@ -215,14 +216,14 @@ def _newest(run: Path, progress: Progress, good: bool) -> tuple[Path | None, dic
 
 def _verified(path: Path) -> dict[str, Any]:
     """The record of a checkpoint whose files are all as they were written."""
-    found = checkpoint.read_json(path / STATE)
+    found = read_json(path / STATE)
     if found.get("checkpoint_format", 1) != FORMAT:
         raise RecipeError(
             f"{path} was written by another version of ternq (checkpoint format "
             f"{found.get('checkpoint_format', 1)}; this one goes on from format {FORMAT}).",
             "Go on with that version, or begin anew with --overwrite.",
         )
-    return checkpoint.verify_files(path, STATE)
+    return verify_files(path, STATE)
 
 
 def _state_of(

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from ternq import absmean, checkpoint, hf, origin, outlines, packing, rounding, states, ternary
 from ternq.errors import InputError, RecipeError, VerificationError
+from ternq.files import read_json
 from ternq.hf import Loaded
 from ternq.int8 import dequantize_rows
 from ternq.linear import rounded_layers, ternary_layers
 from ternq.modeling_ternq import features
+from ternq.publish import read_manifest
 from ternq.recipe import Recipe, Scheme, display_name
 from ternq.ternary import TernaryWeight
 
@@ -212,7 +214,7 @@ def open_artefact(folder: Path) -> Source:
     Raises:
         InputError, VerificationError: it is none, or damaged.
     """
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     outlines.check_structure(folder)
     config = outlines.packed_config(folder)
     skeleton = outlines.skeleton(folder)
@@ -304,7 +306,7 @@ def _shapes(tensors: checkpoint.TensorFolder, parts: set[str]) -> dict[str, Shap
 
 def _model_config(folder: Path) -> dict[str, Any]:
     """``config.json`` as of the dense model."""
-    config = checkpoint.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     return {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
 
 
@@ -312,7 +314,7 @@ def _measured(run: Path) -> dict[str, Any]:
     """What `ternq distill` measured of teacher and student, for the card."""
     if not (run / origin.REPORT).is_file():
         return {}
-    report = checkpoint.read_json(run / origin.REPORT)
+    report = read_json(run / origin.REPORT)
     names = {"teacher": str(report.get("model")), "student": "the trained run, before packing"}
     found = {name: report[who] for who, name in names.items() if report.get(who)}
     keys = {"token_perplexity": "perplexity", "word_perplexity": "word_perplexity"}

@@ -23,6 +23,7 @@ from ternq import checkpoint, hf, metrics, origin, outlines, packing, processes,
 from ternq import corpus as corpora
 from ternq.calibrate import Started, on, run, start_block, use
 from ternq.errors import RecipeError
+from ternq.files import write_json
 from ternq.linear import TernaryLinear, group_rule, prepare, ternary_layers
 from ternq.modeling_ternq import features
 from ternq.perplexity import BLOCK, free_memory
@@ -156,11 +157,11 @@ def train_run(
             check(f"Stopped before block {index + 1} of {len(maker.walk.blocks)}")
             maker.make(index)
             record["seconds"] = before + time.monotonic() - began
-            checkpoint.write_json(out / origin.RUN_FILE, record)
+            write_json(out / origin.RUN_FILE, record)
             _say(record, index, len(maker.walk.blocks), progress)
         record |= {who: maker.measured(who) for who in WHO}
         record["start"] = maker.said()
-        checkpoint.write_json(out / origin.RUN_FILE, record)
+        write_json(out / origin.RUN_FILE, record)
     stop.not_polled()
     return _report(prepared, out, record, time.monotonic() - began)
 

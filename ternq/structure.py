@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ternq import checkpoint
 from ternq.errors import VerificationError
+from ternq.files import read_json
 from ternq.linear import packed_layers
 from ternq.publish import refuse_later_config
 
@@ -67,7 +68,7 @@ def _check_files(folder: Path, tensors: checkpoint.TensorFolder) -> None:
             raise VerificationError(f"{path} is none of the model's own weights.")
     if (folder / checkpoint.TENSORS) in tensors.files:
         return
-    where = checkpoint.read_json(folder / checkpoint.INDEX)["weight_map"]
+    where = read_json(folder / checkpoint.INDEX)["weight_map"]
     if where != {name: tensors.path(name).relative_to(folder).as_posix() for name in tensors}:
         raise VerificationError(f"{folder / checkpoint.INDEX} does not say where tensors are.")
 
@@ -78,7 +79,7 @@ def check_config(path: Path, tensors: int) -> None:
     Raises:
         VerificationError: it names what no such model has, or what was not checked.
     """
-    config = checkpoint.read_json(path)
+    config = read_json(path)
     for name, value in _entries(config):
         if name in _WEIGHTS_KEYS or (name in _CODE_KEYS and "/" in json.dumps(value)):
             raise VerificationError(f"{path}: {name} names what was not checked.")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ternq import checkpoint, stop
 from ternq.blocks import BlockOutputs
 from ternq.errors import InputError, RecipeError, ResourceError
+from ternq.files import free_disk, read_json, write_json
 from ternq.head import HeadInput
 from ternq.linear import decoder_blocks
 from ternq.progress import Event, Progress, ignore
@@ -44,7 +45,7 @@ class TeacherCache:
         self.shards: list[dict[str, Any]] = []
         self._where: dict[bytes, tuple[int, int]] = {}  # of a block's ids: shard and row
         self._held: tuple[int, Tensor] | None = None  # the shard that was read last
-        found = checkpoint.read_json(folder / LIST) if (folder / LIST).is_file() else {}
+        found = read_json(folder / LIST) if (folder / LIST).is_file() else {}
         if found.get("key") == key:
             self.shards = found["shards"]
         elif folder.is_dir():
@@ -62,7 +63,7 @@ class TeacherCache:
         name, features = f"blocks-{len(self.shards):06d}.safetensors", features.bfloat16()
         checkpoint.save_tensors({"ids": ids.int(), "features": features}, self.folder / name)
         self.shards.append({"file": name, "blocks": len(ids), "sha256": _sha256(features)})
-        checkpoint.write_json(self.folder / LIST, {"key": self.key, "shards": self.shards})
+        write_json(self.folder / LIST, {"key": self.key, "shards": self.shards})
         self._enter(len(self.shards) - 1, ids)
 
     def blocks(self) -> Iterator[Tensor]:
@@ -205,7 +206,7 @@ def _fill(
 
 
 def _refuse_without_room(folder: Path, tokens: int, hidden: int) -> None:
-    needed, free = cache_bytes(tokens, hidden), checkpoint.free_disk(folder)
+    needed, free = cache_bytes(tokens, hidden), free_disk(folder)
     if needed > free:
         raise ResourceError(
             f"The teacher's outputs take {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB "

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ternq import baseline, checkpoint, distill, hf, origin, processes, runs, streamed, trackers
+from ternq import baseline, distill, hf, origin, processes, runs, streamed, trackers
 from ternq.errors import InputError, RecipeError
 from ternq.evaluate import evaluate
-from ternq.files import renamed
+from ternq.files import read_json, renamed, write_json
 from ternq.linear import ternary_layers
 from ternq.measure import Limit, check_metrics
 from ternq.metrics import METRICS, steps_of
@@ -23,6 +23,7 @@ from ternq.page import page
 from ternq.perplexity import give_back
 from ternq.prepared import perplexity
 from ternq.progress import Event, Progress, ignore
+from ternq.publish import EXPORT_MANIFEST, MANIFEST, check_output, read_manifest, verify_files
 from ternq.recipe import Recipe, flag, refuse_scratch, untrained
 from ternq.report import markdown
 from ternq.runs import REPORT
@@ -77,7 +78,7 @@ def ternarize(
         return finished
     jobs = _jobs(tasks, data_dir, offline)
     runs.refuse_input(out, [model])
-    checkpoint.check_output(out, overwrite or half)
+    check_output(out, overwrite or half)
     with runs.locked(run, resume, overwrite, [model]):
         prepared, record = distill.begin(
             model,
@@ -163,7 +164,7 @@ def ternarize(
             notes["notes"].append(said)
         report: dict[str, Any] = trained | packed | notes | ({"made": made} if made else {})
         report |= _looked_at(model, prepared, run, out, device)
-        checkpoint.write_json(run / REPORT, report)
+        write_json(run / REPORT, report)
         keep_reports(run, out)
         write_pages(out, {"command": "ternarize", "seed": recipe.seed, **report})
         runs.remove(run)
@@ -292,7 +293,7 @@ def _made(out: Path, asked: dict[str, Any]) -> bool:
     name = _manifest(out)
     if name is None:
         return False
-    manifest = checkpoint.read_manifest(out, name)
+    manifest = read_manifest(out, name)
     if not isinstance(was := manifest.get("asked"), dict) or _other(asked["asked"], was):
         return False
     return all(manifest.get(key) == value for key, value in asked.items() if key != "asked") and (
@@ -314,7 +315,7 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
     name = _manifest(out)
     if name is None:
         return None
-    manifest = checkpoint.read_manifest(out, name)
+    manifest = read_manifest(out, name)
     if not isinstance(manifest.get("asked"), dict):
         return None
     if not _made(out, asked):
@@ -324,17 +325,17 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
             f"'{out}' was made with another recipe ({'; '.join(found) or 'other embeddings'}).",
             "Choose another -o, or pass --overwrite.",
         )
-    checkpoint.verify_files(out, name)  # what is finished must also be whole
+    verify_files(out, name)  # what is finished must also be whole
     report = out.with_name(out.name + ".report") / REPORT
     if report.is_file():
-        return checkpoint.read_json(report)
+        return read_json(report)
     kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
     return {"model": recipe.model, "out": str(out), "notes": [f"{report} is gone."]} | kept
 
 
 def _manifest(out: Path) -> str | None:
     """The manifest of an artefact, or of the dense folder of a baseline; None where none is."""
-    names = (checkpoint.MANIFEST, checkpoint.EXPORT_MANIFEST)
+    names = (MANIFEST, EXPORT_MANIFEST)
     return next((name for name in names if (out / name).is_file()), None)
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ternq import checkpoint
 from ternq.artefact import write
+from ternq.files import read_json
 from ternq.linear import select
 from ternq.modeling_ternq import features
 from ternq.outlines import skeleton
 from ternq.progress import ignore
+from ternq.publish import write_manifest
 from ternq.recipe import Scheme
 from ternq.source import Source
 from ternq.states import unique_state
@@ -79,7 +80,7 @@ def source(folder: Path) -> Source:
     return Source(
         name="golden",
         base=folder,
-        config=checkpoint.read_json(folder / "config.json"),
+        config=read_json(folder / "config.json"),
         skeleton=skeleton(folder),
         modules=modules,
         others={name: (t.dtype, tuple(t.shape)) for name, t in others.items()},
@@ -97,7 +98,7 @@ def make(folder: Path) -> None:
     own.mkdir(parents=True)
     write(source(own), folder, torch.bfloat16, True, ignore)
     shutil.rmtree(own)
-    checkpoint.write_manifest(folder, {"format": "ternq"})
+    write_manifest(folder, {"format": "ternq"})
 
 
 if __name__ == "__main__":

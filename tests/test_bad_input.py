@@ -545,7 +545,8 @@ def test_a_disk_that_safetensors_finds_full(
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_packed(
     model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, ternq: Callable[..., dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "free_disk", lambda _: 100)
+    for where in ("pack", "plan"):
+        monkeypatch.setattr(f"ternq.{where}.free_disk", lambda _: 100)
     payload = ternq("ternarize", model, "-o", "out", "--data", text, *QUICK)
     assert payload["exit_code"] == 4
     assert not Path("out").exists()

@@ -12,13 +12,14 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from ternq import baseline, checkpoint, cli, corpus, distill, grid, hf, request
+from ternq import baseline, cli, corpus, distill, grid, hf, request
 from ternq.errors import InputError, RecipeError, ResourceError
 from ternq.evaluate import evaluate
 from ternq.linear import dense_weight, select
 from ternq.plan import plan
 from ternq.prepared import Prepared, prepare_run
 from ternq.progress import ignore
+from ternq.publish import EXPORT_MANIFEST, MANIFEST, read_manifest
 from ternq.recipe import BASELINES, PRESETS, Recipe, Scheme, Training, with_rate, with_start
 from ternq.report import markdown
 from ternq.ternarize import ternarize
@@ -57,7 +58,7 @@ def test_from_a_checkpoint_to_a_folder(
     untrained = report["untrained"]["perplexity"]
     assert report["student"]["perplexity"] == pytest.approx(untrained, rel=0.01)
     ternary = method in ("absmean", "twn", "pt2")
-    assert (tmp_path / "out" / checkpoint.MANIFEST).is_file() == ternary
+    assert (tmp_path / "out" / MANIFEST).is_file() == ternary
     assert bool(report["weights"]["coverage"]) == ternary
     if not ternary:
         _is_a_dense_folder(source, tmp_path / "out", report)
@@ -77,7 +78,7 @@ def _is_a_dense_folder(source: Path, out: Path, report: dict[str, Any]) -> None:
     assert 1 < max(len(row.unique()) for row in weight[:, :GROUP]) <= levels
     norm = hf.load(str(source)).model.model.norm.weight
     assert torch.equal(model.model.norm.weight, norm.half().float())
-    manifest = checkpoint.read_manifest(out, checkpoint.EXPORT_MANIFEST)
+    manifest = read_manifest(out, EXPORT_MANIFEST)
     assert manifest["weights"]["bpw_linear"] == report["weights"]["bpw_linear"]
     assert any("as they would be stored" in note for note in report["notes"])
     notes = out.parent / "notes.txt"

@@ -16,9 +16,11 @@ from ternq.blocks import BlockOutputs, Call
 from ternq.calibrate import compensated_start
 from ternq.compensate import Compensated, compensate
 from ternq.errors import InputError, RecipeError, StoppedError
+from ternq.files import read_json, write_json
 from ternq.linear import TernaryLinear, decoder_blocks, prepare, ternary_layers
 from ternq.prepared import prepare_run
 from ternq.progress import Event
+from ternq.publish import MANIFEST
 from ternq.recipe import Recipe, Scheme, Training
 from ternq.ternarize import _made, ternarize
 from ternq.train import Trainer
@@ -305,7 +307,7 @@ def test_training_reads_on_behind_the_text_of_the_calibration(
     assert f"Text: that of the run, {text} (no --data was given)." in said["notes"]
     assert torch.equal(read[4][0], whole[0][:8])  # of other blocks nothing was read yet
     rates = [
-        checkpoint.read_json(tmp_path / name / origin.RUN_FILE)["recipe"]["training"]["lr"]
+        read_json(tmp_path / name / origin.RUN_FILE)["recipe"]["training"]["lr"]
         for name in ("first", "second")
     ]
     assert rates == [1e-3, 1e-4]  # less where the codes were trained before
@@ -347,10 +349,10 @@ def test_recipes_without_a_field_have_its_default(
         stopping.setattr(stop, "requested", lambda: "SIGTERM")
         with pytest.raises(StoppedError):
             distill.distill(str(source), out, recipe, offline=True)
-    record = checkpoint.read_json(out / origin.RUN_FILE)
+    record = read_json(out / origin.RUN_FILE)
     for name in ("calibration", "rank"):
         del record["recipe"]["training"][name]
-    checkpoint.write_json(out / origin.RUN_FILE, record)
+    write_json(out / origin.RUN_FILE, record)
     distill.distill(str(source), out, recipe, offline=True, resume=True)
     with pytest.raises(RecipeError, match="closed-form there, compensated here"):
         distill.distill(str(source), out, compensated(source, text), offline=True)
@@ -361,12 +363,12 @@ def test_an_older_artefact_is_still_found_to_be_finished(
 ) -> None:
     recipe = checkpoints.recipe(source, text)
     made = ternarize(str(source), tmp_path / "out", recipe, offline=True)
-    manifest = checkpoint.read_json(tmp_path / "out" / checkpoint.MANIFEST)
+    manifest = read_json(tmp_path / "out" / MANIFEST)
     del manifest["asked"]["training"]["calibration"]
     asked = {"asked": recipe.to_json(), "keep_dtype": False}
     assert _made(tmp_path / "out", asked)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "read_manifest", lambda folder, name: manifest)
+        patched.setattr("ternq.ternarize.read_manifest", lambda folder, name: manifest)
         assert _made(tmp_path / "out", asked)
     assert made["verify"]["ok"]
 

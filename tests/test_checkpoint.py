@@ -12,26 +12,19 @@ import pytest
 import torch
 
 from ternq import publish as publishing
-from ternq.checkpoint import (
-    INDEX,
+from ternq.checkpoint import INDEX, TensorFolder, load_tensors, save_tensors
+from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
+from ternq.files import free_disk, plain_name, read_json, write_json, writing
+from ternq.publish import (
     MANIFEST,
-    TensorFolder,
     check_output,
-    free_disk,
-    load_tensors,
     newest_artefact,
-    plain_name,
     publish,
-    read_json,
     read_manifest,
-    save_tensors,
     staging,
     verify_files,
-    write_json,
     write_manifest,
-    writing,
 )
-from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
 from ternq.writer import write_tensors
 
 
@@ -157,7 +150,7 @@ def test_a_second_rename_that_fails_undoes_the_first(tmp_path: Path) -> None:
 
 def test_what_a_killed_command_left_is_swept(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from ternq.checkpoint import staging\n"
+        "import os, sys; from pathlib import Path; from ternq.publish import staging\n"
         "with staging(Path(sys.argv[1])) as s: (s / 'x').write_text('x'); os._exit(9)"
     )
     out = tmp_path / "out"

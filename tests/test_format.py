@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ternq import checkpoint, rounding, ternary
+from ternq.files import read_json
 from ternq.pack import verify
 from ternq.packing import pack_base3, unpack_base3
 from ternq.source import open_artefact
@@ -96,6 +97,6 @@ def test_the_golden_artefact_is_written_again_to_the_byte(tmp_path: Path) -> Non
     folders = (golden.FOLDER, tmp_path / "again")
     ours, theirs = ((folder / checkpoint.TENSORS).read_bytes() for folder in folders)
     assert ours == theirs
-    ours, theirs = (checkpoint.read_json(folder / "config.json") for folder in folders)
+    ours, theirs = (read_json(folder / "config.json") for folder in folders)
     for key in ("quantization_config", "auto_map", "dtype"):  # others are transformers' own
         assert ours[key] == theirs[key]

@@ -14,6 +14,7 @@ from ternq.errors import RecipeError, VerificationError
 from ternq.int8 import dequantize_rows, quantize_rows
 from ternq.modeling_ternq import Int8Embedding, Int8Linear
 from ternq.pack import pack, verify
+from ternq.publish import write_manifest
 from ternq.weights import weights_summary
 
 
@@ -141,6 +142,6 @@ def test_a_row_of_minus_128_is_no_stored_form(made: tuple[Path, Any, Any], tmp_p
     stored = tensors(folder)
     stored["model.embed_tokens.weight"][0, 0] = -128
     checkpoint.save_tensors(stored, folder / checkpoint.TENSORS)
-    checkpoint.write_manifest(folder)
+    write_manifest(folder)
     with pytest.raises(VerificationError, match="embed_tokens"):
         verify(folder)

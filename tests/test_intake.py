@@ -14,8 +14,10 @@ from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weig
 
 from ternq import checkpoint
 from ternq.errors import InputError, RecipeError, VerificationError
+from ternq.files import read_json
 from ternq.linear import select
 from ternq.pack import Options, pack, verify
+from ternq.publish import write_manifest
 from ternq.recipe import Scheme
 from ternq.source import open_artefact
 
@@ -71,7 +73,7 @@ def test_a_scale_for_each_shard_of_a_row(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(checkpoints.CONFIGS, "llama", ("LlamaConfig", wide))
     weights = checkpoint_of(tmp_path / "dense", shards=2)
     result = pack(str(tmp_path / "dense"), tmp_path / "out", offline=True)
-    config = checkpoint.read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert config["group_size"] == 16  # 48 and 64 have this in common
     for name, weight in open_artefact(tmp_path / "out").layers():
         assert torch.equal(weight.dequantized().half(), weights[name])
@@ -137,7 +139,7 @@ def test_one_row_that_is_not_ternary_is_found_where_no_sample_was_taken(tmp_path
 
 def test_missing_weights_and_other_quantizers_are_refused(tmp_path: Path) -> None:
     checkpoint_of(tmp_path / "dense")
-    config = checkpoint.read_json(tmp_path / "dense" / "config.json")
+    config = read_json(tmp_path / "dense" / "config.json")
     for quantization, said in (
         ({"quant_method": "gptq"}, "quantized by 'gptq'"),
         ({"quant_method": "bitnet"}, "lacks .*weight_scale"),
@@ -196,7 +198,7 @@ def test_buffers_of_older_versions_and_equal_ties_are_passed_over(tmp_path: Path
 def test_a_configuration_that_asks_for_much_is_refused(tmp_path: Path) -> None:
     checkpoint_of(tmp_path / "dense")
     path = tmp_path / "dense" / "config.json"
-    config = checkpoint.read_json(path)
+    config = read_json(path)
     for change in ({"num_hidden_layers": 10**6}, {"attn_implementation": "owner/kernel"}):
         path.write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=next(iter(change))):
@@ -221,7 +223,7 @@ def test_a_model_of_another_family_is_not_the_artefacts(tmp_path: Path) -> None:
 def test_bitnet_with_every_layer_left_out_is_not_ternary(tmp_path: Path) -> None:
     bitnet(tmp_path / "bitnet", "autobitlinear", "online")
     path = tmp_path / "bitnet" / "config.json"
-    config = checkpoint.read_json(path)
+    config = read_json(path)
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "layers"]
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match="not ternary"):
@@ -232,7 +234,7 @@ def test_what_a_strangers_manifest_says_is_checked(tmp_path: Path) -> None:
     checkpoint_of(tmp_path / "dense")
     said = {"recipe": {"x": 1}, "base_model": {"name": "a\n# b"}, "results": {"x": {}}}
     pack(str(tmp_path / "dense"), tmp_path / "first", offline=True)
-    checkpoint.write_manifest(tmp_path / "first", said)
+    write_manifest(tmp_path / "first", said)
     pack(str(tmp_path / "first"), tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
     assert "| base model | a # b |" in card and "\n# b" not in card and "## Results" not in card

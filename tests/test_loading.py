@@ -21,6 +21,7 @@ from ternq import checkpoint, hf, outlines
 from ternq.errors import InputError, VerificationError
 from ternq.modeling_ternq import PackedLinear
 from ternq.pack import pack
+from ternq.publish import read_manifest, write_manifest
 
 WITHOUT_TERNQ = "import sys; sys.modules['ternq'] = None\n"  # `import ternq` fails from here on
 
@@ -103,7 +104,7 @@ def test_ternq_never_runs_the_code_in_an_artefact(artefact: Path, tmp_path: Path
     shutil.copytree(artefact, folder)
     code = folder / "modeling_ternq.py"
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + code.read_text())
-    checkpoint.write_manifest(folder)
+    write_manifest(folder)
     hf.load(str(folder), trust_remote_code=True)
     assert not (tmp_path / "ran").exists()
 
@@ -221,7 +222,7 @@ def test_an_artefact_on_the_hub_is_one_too(
     assert outlines.blueprint(name, offline=True).scheme is not None
     assert pack(name, tmp_path / "again", offline=True)["verify"]["ok"]
     dense = pack(name, tmp_path / "dense", format="dense", offline=True)["weights"]
-    packed = checkpoint.read_manifest(folder)["weights"]
+    packed = read_manifest(folder)["weights"]
     assert dense["zero_share"] == packed["zero_share"]
     assert dense["bpw_total"] == dense["bpw_file"] > 16
     (folder / "config.json").write_text("{}")

@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import ternq  # noqa: F401  registers the quantizer
 from ternq import checkpoint, hf
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
+from ternq.files import read_json
 from ternq.hf import Loaded
 from ternq.linear import packed_layers, prepare, ternary_layers
 from ternq.modeling_ternq import PackedLinear
 from ternq.pack import Options, pack, verify
 from ternq.packing import pack_base3
 from ternq.progress import Event
+from ternq.publish import read_manifest, verify_files, write_manifest
 from ternq.recipe import Scheme
 from ternq.weights import weights_summary
 from ternq.writer import TensorWriter
@@ -166,10 +168,10 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_manifest_config_and_card(shared: Path) -> None:
-    manifest = checkpoint.verify_files(shared)
+    manifest = verify_files(shared)
     assert manifest["note"] == "kept"
     assert manifest["format"] == "ternq"
-    config = checkpoint.read_json(shared / "config.json")
+    config = read_json(shared / "config.json")
     assert config["dtype"] == "bfloat16"
     assert config["quantization_config"] == {
         "quant_method": "ternq",
@@ -219,7 +221,7 @@ def test_weights_are_counted_by_hand(shared: Path) -> None:
     for weights in (
         weights_summary(student()),
         weights_summary(hf.load(str(shared), offline=True).model),
-        checkpoint.read_manifest(shared)["weights"],
+        read_manifest(shared)["weights"],
     ):
         assert weights["coverage"] == ternary / (ternary + dense)
         assert weights["bpw_linear"] == packed_bits / ternary
@@ -286,7 +288,7 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(
     assert again["weights"] == found["weights"]
     with pytest.raises(RecipeError, match="exists"):
         pack(str(shared), out, format=format, group_size=8, plan=True)
-    monkeypatch.setattr(checkpoint, "free_disk", lambda _: 10)
+    monkeypatch.setattr("ternq.pack.free_disk", lambda _: 10)
     small = pack(str(shared), tmp_path / "other", format=format, plan=True)
     assert not small["fits"] and "are free" in small["reason"]
 
@@ -313,7 +315,7 @@ def test_a_plan_refuses_what_a_format_would(
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "free_disk", lambda _: 10)
+    monkeypatch.setattr("ternq.pack.free_disk", lambda _: 10)
     with pytest.raises(ResourceError, match="are free"):
         pack(loaded(student()), tmp_path / "out")
     assert nothing_written(tmp_path)
@@ -474,7 +476,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     stored = tensors(folder)
     change(stored)
     checkpoint.save_tensors(stored, folder / checkpoint.TENSORS)
-    checkpoint.write_manifest(folder)
+    write_manifest(folder)
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -556,9 +558,9 @@ def test_verify_sees_a_flipped_bit(artefact: Path) -> None:
     ],
 )
 def test_verify_refuses_impossible_configurations(artefact: Path, change: dict[str, Any]) -> None:
-    config = checkpoint.read_json(artefact / "config.json")
+    config = read_json(artefact / "config.json")
     (artefact / "config.json").write_text(json.dumps({**config, **change}))
-    checkpoint.write_manifest(artefact)
+    write_manifest(artefact)
     with pytest.raises(VerificationError):
         verify(artefact)
 

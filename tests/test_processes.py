@@ -17,6 +17,7 @@ from together import KIND, SETTINGS, finish
 
 from ternq import checkpoint, cli, metrics, origin, processes, snapshots, stop
 from ternq.errors import RecipeError, StoppedError
+from ternq.files import read_json
 from ternq.footprint import footprint
 from ternq.recipe import Scheme, Training
 
@@ -110,7 +111,7 @@ def test_what_each_holds_of_shards_is_what_was_counted(folder: Path) -> None:
         processes.Crew(2, sharded=True),
     )
     for rank in (0, 1):
-        held = checkpoint.read_json(folder / f"fsdp-held-{rank}")
+        held = read_json(folder / f"fsdp-held-{rank}")
         assert held["weights"] == pytest.approx(found.weights, rel=0.1)
         assert held["optimizer"] == pytest.approx(found.optimizer, rel=0.1)
 

@@ -32,6 +32,7 @@ from ternq import (
     text,
 )
 from ternq.errors import InputError, RecipeError, ResourceError, StoppedError
+from ternq.files import read_json, write_json
 from ternq.progress import Event, ignore
 from ternq.recipe import Recipe
 
@@ -278,9 +279,9 @@ def test_other_weights_are_refused(option: str, tiny_recipe: Recipe, tmp_path: P
 
 
 def change_record(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    record = checkpoint.read_json(run / origin.RUN_FILE)
+    record = read_json(run / origin.RUN_FILE)
     change(record)
-    checkpoint.write_json(run / origin.RUN_FILE, record)
+    write_json(run / origin.RUN_FILE, record)
 
 
 def test_a_run_of_another_format_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
 def test_disk_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = cache_bytes(8 * BLOCK, 36)
     assert needed == 8 * BLOCK * (72 + 4)
-    monkeypatch.setattr("ternq.checkpoint.free_disk", lambda _: needed - 1)
+    monkeypatch.setattr("ternq.teacher.free_disk", lambda _: needed - 1)
     with pytest.raises(ResourceError, match="GB of disk"):
         cached(checkpoints.model("llama"), tmp_path)
 

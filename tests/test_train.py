@@ -27,6 +27,7 @@ from ternq import (
 )
 from ternq.blocks import BlockOutputs
 from ternq.errors import DivergenceError, InputError, InterruptedByUser, RecipeError, StoppedError
+from ternq.files import read_json
 from ternq.linear import prepare, ternary_layers
 from ternq.pack import pack
 from ternq.prepared import Prepared, prepare_run
@@ -469,7 +470,7 @@ def test_training_goes_on_from_a_run_with_its_codes(run: Path, text: Path, tmp_p
     report = distill.distill(str(run), tmp_path / "on", checkpoints.recipe(run, text), offline=True)
     assert checkpoints.contents(run) == before
     assert report["untrained"]["perplexity"] == pytest.approx(
-        checkpoint.read_json(run / distill.REPORT)["student"]["perplexity"], rel=1e-4
+        read_json(run / distill.REPORT)["student"]["perplexity"], rel=1e-4
     )
 
 

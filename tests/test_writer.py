@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ternq import checkpoint
+from ternq.files import read_json
 from ternq.writer import TensorWriter, write_tensors
 
 TENSORS = {
@@ -41,7 +42,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     for name, tensor in TENSORS.items():
         assert torch.equal(folder[name], tensor) and folder[name].dtype == tensor.dtype
-    index = checkpoint.read_json(tmp_path / checkpoint.INDEX)
+    index = read_json(tmp_path / checkpoint.INDEX)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in TENSORS.values())
     for file in set(index["weight_map"].values()):
         here = {n for n, where in index["weight_map"].items() if where == file}

@@ -15,6 +15,7 @@ from test_train import trainer
 
 from ternq import checkpoint, origin, processes, states, stop
 from ternq.errors import RecipeError, StoppedError
+from ternq.files import write_json
 from ternq.train import Trainer
 
 SETTINGS: dict[str, Any] = {"batch_size": 6, "micro_batch_size": 2, "clip": 1.0}
@@ -53,7 +54,7 @@ def runs(folder: Path, engine: str) -> None:
     finish(made)
     moments = [v for s in made.optimizer.state.values() for v in s.values()]
     held["optimizer"] = sum(processes.local(v).nbytes for v in moments)
-    checkpoint.write_json(folder / f"{engine}-held-{processes.rank()}", held)
+    write_json(folder / f"{engine}-held-{processes.rank()}", held)
     made = trainer(folder / f"{engine}-stopped", KIND, **SETTINGS)
     polled = stop.requested
     asked_in_the_last(2, made)

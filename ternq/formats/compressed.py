@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ternq import checkpoint
 from ternq.errors import InputError, RecipeError, VerificationError
+from ternq.files import read_json
 from ternq.formats import Exported, Options, folders
 from ternq.formats.bits import DIGITS_PER_WORD, packed
 from ternq.formats.groups import (
@@ -262,7 +263,7 @@ def _schemes(folder: Path, skeleton: Any) -> dict[str, Any]:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    content = checkpoint.read_json(folder / "config.json")["quantization_config"]
+    content = read_json(folder / "config.json")["quantization_config"]
     config = QuantizationConfig.model_validate(content)
     apply_quantization_config(skeleton, config, show_progress=False)
     ModelCompressor(quantization_config=config).compress_model(skeleton)

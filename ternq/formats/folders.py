@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ternq import checkpoint, hf, outlines
 from ternq.errors import RecipeError, VerificationError
+from ternq.files import write_json
 from ternq.formats import Options
 from ternq.progress import Event, Progress
 from ternq.source import Source
@@ -79,7 +80,7 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype, more: Mapping
     left_out = ("quantization_config", "quantization", "torch_dtype")
     config = {name: value for name, value in source.config.items() if name not in left_out}
     config["dtype"] = checkpoint.dtype_name(dtype)
-    checkpoint.write_json(folder / "config.json", {**older_names(config), **config, **more})
+    write_json(folder / "config.json", {**older_names(config), **config, **more})
 
 
 def others_of(source: Source, skeleton: Any, dtype: torch.dtype, options: Options) -> Others:

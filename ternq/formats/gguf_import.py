@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternq import checkpoint, hf, outlines, structure
+from ternq import hf, outlines, structure
 from ternq.errors import InputError, VerificationError
-from ternq.files import parse_json
+from ternq.files import parse_json, read_json, write_json
 from ternq.formats.gguf_codec import DENSE, KINDS
 from ternq.formats.gguf_file import Header
 from ternq.formats.gguf_layers import Tensors, grouping, layer, values
@@ -52,7 +52,7 @@ def opened(path: Path) -> Iterator[Source]:
 
 
 def _source(path: Path, header: Header, base: Path) -> Source:
-    config = checkpoint.read_json(base / "config.json")
+    config = read_json(base / "config.json")
     skeleton = _skeleton(header, base, config)
     tensors = _named(header, config, skeleton)
     linears = {n for n, m in skeleton.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -185,12 +185,10 @@ def _write_base(header: Header, base: Path) -> None:
     (base / "header.gguf").unlink()
     _drop_tokens(header, base)
     own = _own(header).get("config")
-    found = checkpoint.read_json(base / "config.json")
+    found = read_json(base / "config.json")
     config = own if isinstance(own, dict) else _mended(header, found)
     left_out = ("quantization_config", "auto_map")
-    checkpoint.write_json(
-        base / "config.json", {k: v for k, v in config.items() if k not in left_out}
-    )
+    write_json(base / "config.json", {k: v for k, v in config.items() if k not in left_out})
 
 
 def _drop_tokens(header: Header, base: Path) -> None:
@@ -202,11 +200,11 @@ def _drop_tokens(header: Header, base: Path) -> None:
     listed = header.fields.get("tokenizer.ggml.tokens")
     if not isinstance(listed, list):
         raise InputError(f"{header.path} is damaged: it has no list of tokens.")
-    data = checkpoint.read_json(base / "tokenizer.json")
+    data = read_json(base / "tokenizer.json")
     added = data.get("added_tokens") or []
     data["added_tokens"] = [token for token in added if token["id"] < len(listed)]
     if len(data["added_tokens"]) < len(added):
-        checkpoint.write_json(base / "tokenizer.json", data)
+        write_json(base / "tokenizer.json", data)
 
 
 def _mended(header: Header, config: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ternq.checkpoint import read_json
 from ternq.errors import InputError, RecipeError
+from ternq.files import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
