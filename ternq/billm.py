@@ -25,7 +25,7 @@ weight is on (a bit), which columns are salient (a bit a column), and four means
 import torch
 from torch import Tensor
 
-from ternq.compensate import DAMPING, by_groups, errors_of, output_error
+from ternq.compensate import by_groups, errors_of, output_error
 from ternq.grid import VALUE_BITS, Rounded
 from ternq.ternary import n_groups
 
@@ -34,7 +34,7 @@ QUANTILES = (0.1, 0.9, 81)
 PARTS = 4  # means and scales of a row: two of salient columns, one on each side of the split
 
 
-def billm(weight: Tensor, hessian: Tensor, group_size: int, *, damping: float = DAMPING) -> Rounded:
+def billm(weight: Tensor, hessian: Tensor, group_size: int) -> Rounded:
     """Round a weight ``[out, in]`` for inputs of second moments ``hessian`` ``[in, in]``.
 
     Raises:
@@ -51,7 +51,7 @@ def billm(weight: Tensor, hessian: Tensor, group_size: int, *, damping: float = 
         signs += len(weight) * int(salient.sum())
         return errors_of(part - values[group], own)
 
-    dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
+    dead, damping = by_groups(weight, hessian, group_size, rounded)
     whole = values.t().contiguous()
     if not bool(torch.isfinite(whole).all()):
         raise ValueError("a mean or a scale is too large for float16")

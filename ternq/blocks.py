@@ -7,7 +7,6 @@ Nothing here knows a decoder's signature: what the model hands to its blocks bes
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -42,12 +41,7 @@ class BlockOutputs:
     def _take(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.features.append(_hidden(output))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 

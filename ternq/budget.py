@@ -155,7 +155,7 @@ def rounding(
         skeleton = build()
     everything = sum(p.numel() for p in skeleton.parameters())
     work = bytes_needed(skeleton, replace(settings, reconstruction_epochs=0))
-    memory = Memory(Footprint(8 * everything, 0, work, everything, 0, 0, rough="no step"), free)
+    memory = Memory(Footprint(8 * everything, 0, work, rough="no step"), free)
     if not memory.fits:
         raise ResourceError(
             f"This needs about {_gb(memory.needed)} of memory, {_gb(memory.needed - free)} more "
@@ -236,8 +236,7 @@ def _counted(
         return footprint(build, scheme, settings, device, crew)
     with torch.device("meta"):
         skeleton = build()
-    everything = sum(p.numel() for p in skeleton.parameters())
-    return Footprint(0, 0, bytes_needed(skeleton, settings), everything, 0, 0)
+    return Footprint(0, 0, bytes_needed(skeleton, settings))
 
 
 def _said(settings: Training) -> str:

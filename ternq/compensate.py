@@ -79,7 +79,6 @@ def compensate(
     group_size: int,
     shift: bool = True,
     *,
-    damping: float = DAMPING,
     rounds: int = ROUNDS,
 ) -> Compensated:
     """Round a weight ``[out, in]`` for inputs whose second moments are ``hessian`` ``[in, in]``.
@@ -100,7 +99,7 @@ def compensate(
         latent[group] = _latent(part, codes[group], levels[-1])
         return errors
 
-    dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
+    dead, damping = by_groups(weight, hessian, group_size, rounded)
     scale = torch.stack([level.scale for level in levels], 1)
     shifts = [level.shift for level in levels if level.shift is not None]
     whole = codes.t().contiguous().to(torch.int8)
@@ -121,7 +120,6 @@ def by_groups(
     hessian: Tensor,
     group_size: int,
     rounded: Callable[[Tensor, Tensor, slice], Tensor],
-    damping: float = DAMPING,
 ) -> tuple[int, float]:
     """Go through the groups of a weight ``[out, in]``; later columns make good earlier errors.
 
@@ -135,7 +133,7 @@ def by_groups(
     """
     if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
         raise ValueError("a weight or an input of the layer is not finite")
-    upper, dead, damping = inverse_root(hessian, damping)
+    upper, dead, damping = inverse_root(hessian)
     left = weight.detach().float().t().contiguous()  # rows are input columns: contiguous updates
     for first in range(0, len(left), group_size):
         group = slice(first, min(first + group_size, len(left)))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ternq.corpus import HELD_OUT_TOKENS
 from ternq.frozen import made_on_host
-from ternq.linear import decoder_blocks, ternary_layers
+from ternq.linear import decoder_blocks
 from ternq.optimize import take_step
 from ternq.outlines import max_length
 from ternq.perplexity import BLOCK, block_losses, rows_that_fit
@@ -52,9 +52,6 @@ class Footprint:
     weights: int
     optimizer: int
     step: int
-    parameters: int
-    trained: int
-    ternary: int
     loading: int = 0
     host: int = 0
     start: int = 0
@@ -152,8 +149,7 @@ def roughly(build: Callable[[], Any], settings: Training, reason: str) -> Footpr
     wide = 12 * config.hidden_size + 4 * mlp
     kept = config.hidden_size if settings.gradient_checkpointing else wide
     activations = 4 * tokens * (kept * blocks + wide + 3 * config.vocab_size)
-    return Footprint(8 * everything, 8 * linear, 9 * linear + activations, everything, linear,
-                     linear, rough=reason)  # fmt: skip
+    return Footprint(8 * everything, 8 * linear, 9 * linear + activations, rough=reason)
 
 
 def _depth(build: Callable[[], Any]) -> int:
@@ -218,9 +214,6 @@ def _counted(
         weights=weights,
         optimizer=held - weights,
         step=step,
-        parameters=sum(p.numel() for p in student.parameters()),
-        trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
-        ternary=sum(m.weight.numel() for m in ternary_layers(student).values()),
         loading=loading - host,
         host=host * crew.count,
         start=start,

@@ -165,8 +165,6 @@ def gptq(
     symmetric: bool,
     group_size: int,
     how: str = "minmax",
-    *,
-    damping: float = DAMPING,
 ) -> Rounded:
     """The same with errors compensated, for inputs of second moments ``hessian`` ``[in, in]``.
 
@@ -183,7 +181,7 @@ def gptq(
         values[group] = levels.values(codes)
         return errors
 
-    dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
+    dead, damping = by_groups(weight, hessian, group_size, rounded)
     whole = values.t().contiguous()
     error = output_error(weight, whole, hessian)
     return Rounded(whole, bits * weight.numel(), error, dead, damping)

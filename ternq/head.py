@@ -4,7 +4,6 @@ The logits of a large vocabulary are the largest tensor of a training step. `ter
 makes them chunk by chunk from what goes into the head; here is how a model gives that.
 """
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -37,12 +36,7 @@ class HeadInput:
         self.hidden = input
         return input[..., :1]  # for what the model does to logits
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         vars(self._head).pop("forward", None)
 
 

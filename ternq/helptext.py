@@ -12,7 +12,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 LEFT = 27
-MORE = "--help-all"
 
 
 class Command(TyperCommand):

@@ -20,15 +20,13 @@ import torch
 from torch import Tensor
 
 from ternq import ternary
-from ternq.compensate import DAMPING, Compensated, by_groups, errors_of, output_error
+from ternq.compensate import Compensated, by_groups, errors_of, output_error
 
 THRESHOLD = 0.75
 ITERATIONS = 50  # at most; about ten in the paper
 
 
-def pt2(
-    weight: Tensor, hessian: Tensor, group_size: int, *, damping: float = DAMPING
-) -> Compensated:
+def pt2(weight: Tensor, hessian: Tensor, group_size: int) -> Compensated:
     """Round a weight ``[out, in]`` for inputs of second moments ``hessian`` ``[in, in]``.
 
     Raises:
@@ -45,7 +43,7 @@ def pt2(
         whole[group] = codes.t()
         return errors_of((rows - scale[:, None] * codes - shift[:, None]).t().contiguous(), own)
 
-    dead, damping = by_groups(weight, hessian, group_size, rounded, damping)
+    dead, damping = by_groups(weight, hessian, group_size, rounded)
     scale, shift = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
     codes = whole.t().contiguous().to(torch.int8)
     values = ternary.dequantize(codes, scale, shift, group_size)

@@ -3,8 +3,8 @@
 ``run.json`` says what is made from what; ``base/`` holds configuration and tokenizer,
 ``checkpoints/`` and ``metrics.jsonl`` are the loop's, ``logs/`` the trackers', ``self.json`` is
 text that the teacher wrote, ``start/`` the blocks of a start that took calibration,
-``teacher/`` what the teacher put out. A lock in it dies with the process.
-Only what a run writes is ever removed, and only where ``run.json`` is ours.
+``teacher/`` what the teacher put out, ``blocks/`` what is made block by block. A lock in it dies
+with the process. Only what a run writes is ever removed, and only where ``run.json`` is ours.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ WHO = ("teacher", "untrained", "student")
 
 @dataclass
 class Streamed(Prepared):
-    """What `prepare` found: ``teacher`` and ``student`` are skeletons, ``walk`` reads weights."""
+    """What `prepare_run` found: teacher and student are skeletons, and ``walk`` reads weights."""
 
     walk: Walk | None = None
 

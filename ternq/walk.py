@@ -238,6 +238,6 @@ def bytes_needed(skeleton: Any, training: Training) -> int:
     tokens = training.calibration * training.sequence_length
     activations = (2 * 2 + 3) * 4 * tokens * config.hidden_size  # in and out, of both; held out
     inside = training.sequence_length * 4 * (16 * config.hidden_size + 8 * widest)
-    table = 4 * (8192 * config.hidden_size + 2 * 512 * config.vocab_size)
+    table = 4 * (_ROWS * config.hidden_size + 2 * TOKENS_AT_ONCE * config.vocab_size)
     work = max(rounding, reconstruction) if training.passes else rounding
     return int(work + activations + inside + table)

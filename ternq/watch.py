@@ -17,7 +17,7 @@ from ternq import packing, processes
 from ternq.errors import DivergenceError
 from ternq.linear import TernaryLinear, ternary_layers
 
-DIAGNOSE_SHARE = 0.05  # of the steps; flips and drift cost a second rounding of every weight
+DIAGNOSE_SHARE = 0.05  # of a training between them; each costs a second rounding of every weight
 START_STEPS = 10  # their mean loss is where the training starts
 WORSE = 1.05  # times the start: a loss beyond it is above the start, not merely noisy
 LONG_SHARE, LONG_STEPS = 0.1, 50  # of the steps, and at least: this long above is lost

@@ -589,18 +589,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ternq {ternq.__version__}\n"
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, ternq.cli\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'lm_eval', 'rich.table', 'numpy'}\n"
-        "assert not heavy & set(sys.modules)\n"
-        "for name in ('', *ternq.cli.COMMANDS):\n"
-        "    assert ternq.cli.run([*filter(None, [name]), '--help']) == 0\n"
-        "assert not heavy & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
-
-
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ternq", "nope", "--json"],

@@ -373,7 +373,7 @@ def test_it_is_chosen_where_nothing_else_fits(
     recipe = by_blocks(source, text, block_by_block=False)
     out = tmp_path / "out"
     with monkeypatch.context() as small:
-        huge = Footprint(10**15, 0, 0, 1, 1, 1)
+        huge = Footprint(10**15, 0, 0)
         small.setattr(budget, "footprint", lambda *shapes: huge)
         small.setattr(budget, "roughly", lambda *shapes: huge)
         with pytest.raises(ResourceError, match="more than is free"):
