@@ -57,7 +57,7 @@ def _ours(engine: str, model: str, prompt: int, new: int, threads: int) -> tuple
 
     from ternq import hf, outlines
     from ternq.decoder import load_dtype
-    from ternq.perplexity import give_back
+    from ternq.memory import give_back
     from ternq.proof import dense
     from ternq.recipe import DEMO_FOLDER
 

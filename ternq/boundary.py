@@ -30,6 +30,7 @@ from ternq.errors import (
     ResourceError,
     StoppedError,
     TernqError,
+    is_memory,
 )
 from ternq.recipe import display_name
 
@@ -237,7 +238,7 @@ def _in_words(error: BaseException) -> TernqError:
         return ResourceError(
             "Another process of this training has ended.", "Its own message says why."
         )
-    if _is_memory(error):
+    if is_memory(error):
         return ResourceError(
             "Not enough memory.", "Try a smaller --batch-size or --sequence-length."
         )
@@ -264,12 +265,6 @@ def _bug(error: BaseException) -> TernqError:
     return InternalError(
         f"This is a bug in ternq ({type(error).__name__}: {first}).", f"The traceback is in {path}"
     )
-
-
-def _is_memory(error: BaseException) -> bool:
-    text = str(error)
-    asked = "can't allocate memory" in text or "out of memory" in text
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and asked)
 
 
 def _plain(value: Any) -> Any:

@@ -16,8 +16,8 @@ from ternq import processes
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint, roughly
 from ternq.linear import decoder_blocks
+from ternq.memory import free_memory, resident
 from ternq.optimize import take_step
-from ternq.perplexity import free_memory
 from ternq.processes import Crew
 from ternq.recipe import Scheme, Train, Training
 from ternq.walk import bytes_needed
@@ -69,9 +69,7 @@ class Memory:
 
 def own_bytes() -> int:
     """Bytes that the program itself holds: now, and the libraries that it imports on the way."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss) + LIBRARIES
+    return resident() + LIBRARIES
 
 
 def age() -> float:

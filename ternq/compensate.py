@@ -7,8 +7,7 @@ paper itself was not read. Threshold, scale and shift of a group are those of `t
 fitted to the group's weights as the columns before it have left them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ternq import rounding, ternary
+from ternq.kernels import one_thread
 
 DAMPING = 0.01  # of the Hessian's mean diagonal: that of the published code
 ROUNDS = 4  # of alternating least squares in a group
@@ -137,7 +137,9 @@ def by_groups(
     left = weight.detach().float().t().contiguous()  # rows are input columns: contiguous updates
     for first in range(0, len(left), group_size):
         group = slice(first, min(first + group_size, len(left)))
-        with _one_thread():
+        # Many small steps: on two cores that others use as well, a layer took 35 times as long
+        # with two threads, which wait for one another.
+        with one_thread():
             errors = rounded(left[group], upper[group, group], group)
         left[group.stop :].addmm_(upper[group, group.stop :].t(), errors, alpha=-1)
     return dead, damping
@@ -185,20 +187,6 @@ def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     lost = weight - rounded
     whole = float(((weight @ moments) * weight).sum())
     return float(((lost @ moments) * lost).sum()) / whole if whole > 0 else 0.0
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Many small steps: threads that wait for one another cost more than they bring.
-
-    On two cores that others use as well, a layer took 35 times as long with two threads.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _levels(weight: Tensor, cost: Tensor, shift: bool, rounds: int) -> _Levels:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ternq.errors import InputError, RecipeError
-from ternq.perplexity import free_memory
+from ternq.memory import cache_bytes, free_memory
 from ternq.progress import Event, Progress, ignore
 from ternq.sampling import drawn
 from ternq.text import Source, open_source, read_documents, shuffled
@@ -152,18 +152,9 @@ def side_by_side(model: Any, length: int) -> int:
 
     What it keeps of them, counted in float32, has an eighth of the free memory at most.
     """
-    size = 8 * length * _cached(model) + 32 * model.get_output_embeddings().out_features
+    size = cache_bytes(model, length) + 32 * model.get_output_embeddings().out_features
     fits = free_memory(model.device) // 8 // size
     return int(max(1, min(AT_ONCE // length, fits)))
-
-
-def _cached(model: Any) -> int:
-    """Numbers of a key that a token leaves in the caches of all blocks, and as many of a value."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    return int(config.num_hidden_layers * keys * size)
 
 
 def fingerprint(document: str) -> bytes:

@@ -19,6 +19,7 @@ from ternq import kernels, outlines
 from ternq.errors import ResourceError
 from ternq.kernels import native
 from ternq.kernels.packed import PackedWeight
+from ternq.memory import cache_bytes
 from ternq.modeling_ternq import METHOD, Int8, PackedLinear
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -240,13 +241,6 @@ class Decoder:
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
         return thing
-
-
-def cache_bytes(model: Any, context: int) -> int:
-    """What keys and values of so many positions take, in float32."""
-    config = model.config
-    size = model.model.layers[0].self_attn.head_dim
-    return int(8 * context * config.num_hidden_layers * config.num_key_value_heads * size)
 
 
 def _submodule(block: Any, where: str) -> Any:

@@ -31,6 +31,7 @@ from ternq.errors import (
     ResourceError,
     StoppedError,
     TernqError,
+    is_memory,
 )
 from ternq.progress import Event, Progress, ignore
 
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
         say(error={"type": kind, "message": error.message, "hint": error.hint})
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         message = "Not enough memory to run the model."
         say(error={"type": "ResourceError", "message": message, "hint": None})
@@ -184,11 +185,6 @@ def _end_with_the_parent() -> None:
     """The parent never writes: its end of the pipe is closed when it is gone, however it went."""
     os.read(0, 1)
     os._exit(1)
-
-
-def _is_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
 
 def _measure(
@@ -205,6 +201,7 @@ def _measure(
     import torch
 
     from ternq import hf, outlines
+    from ternq.memory import model_bytes, peak, resident
     from ternq.recipe import DEMO_FOLDER
 
     outlines.skeleton(DEMO_FOLDER)  # imports transformers' code, which is none of the model's
@@ -222,7 +219,7 @@ def _measure(
     gc.collect()
     found["resident_bytes"] = resident() - before
     found["file_bytes"] = _file_bytes(loaded)
-    found["parameter_bytes"] = tensor_bytes(loaded.model)
+    found["parameter_bytes"] = model_bytes(loaded.model)
     asked = (prompt, new)
     prompt, new = _fitted(prompt, new, outlines.max_length(loaded.model))
     if (prompt, new) != asked:
@@ -231,7 +228,7 @@ def _measure(
     found |= _speed(loaded.model, prompt, new, progress)
     if loaded.model.device.type == "cuda":
         found["device_bytes"] = torch.cuda.max_memory_allocated(loaded.model.device)
-    found["peak_resident_bytes"] = _peak()
+    found["peak_resident_bytes"] = peak()
     if dtype in (None, "float32"):
         found |= _native_speed(loaded.model, prompt, new, int8_activations)
     return found | {"samples": 1, "partial": (prompt, new) != asked}
@@ -288,28 +285,23 @@ def _prompt(model: Any, length: int) -> Any:
 
 def _native_speed(model: Any, prompt: int, new: int, int8: bool) -> Found:
     """Both phases by the native decoder; nothing of a model that it does not run."""
-    import torch
-
     from ternq.decoder import Decoder, obstacle
+    from ternq.kernels import one_thread
 
     if obstacle(model, prompt + new) is not None:
         return {}
     ids = _prompt(model, prompt)[0].tolist()
-    threads = torch.get_num_threads()
-    with Decoder(model, prompt + new, int8=int8) as decoder:
-        torch.set_num_threads(1)  # torch's threads spin a while after work, on the decoder's cores
-        try:
-            seconds = []
-            for _ in range(_PREFILLS):
-                began = time.perf_counter()
-                token = int(decoder.logits(ids, 0).argmax())
-                seconds.append(time.perf_counter() - began)
+    # torch's threads spin a while after work, on the decoder's cores
+    with Decoder(model, prompt + new, int8=int8) as decoder, one_thread():
+        seconds = []
+        for _ in range(_PREFILLS):
             began = time.perf_counter()
-            for position in range(prompt, prompt + new - 1):
-                token = int(decoder.logits([token], position).argmax())
-            decoding = time.perf_counter() - began
-        finally:
-            torch.set_num_threads(threads)
+            token = int(decoder.logits(ids, 0).argmax())
+            seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for position in range(prompt, prompt + new - 1):
+            token = int(decoder.logits([token], position).argmax())
+        decoding = time.perf_counter() - began
     return {
         "native_prefill_tokens_per_second": prompt / statistics.median(seconds),
         "native_decode_tokens_per_second": (new - 1) / decoding,
@@ -444,38 +436,6 @@ def _file_bytes(loaded: Any) -> int:
         return (path / origin.STUDENT_FILE).stat().st_size
     folder = origin.model_folder(loaded.source, path, offline=True)  # by now it is in the cache
     return sum(file.stat().st_size for file in checkpoint.TensorFolder(folder).files)
-
-
-def tensor_bytes(model: Any) -> int:
-    """Bytes of parameters and buffers; what two of them share counts once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
-
-
-def resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak() -> int:
-    """The largest resident size of this process.
-
-    Linux says it exactly; its ``ru_maxrss`` would begin at the size of the process that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ternq.decoder import Decoder, obstacle
-from ternq.efficiency import resident
 from ternq.errors import InputError, RecipeError
 from ternq.hf import Loaded
+from ternq.kernels import one_thread
+from ternq.memory import resident
 from ternq.progress import Event, Progress
 from ternq.sampling import Sampling, Text
 
@@ -104,22 +105,18 @@ def chosen(job: Job, dtype: Any) -> dict[str, Any]:
 
 def _native(job: Job, stream: Stream) -> dict[str, Any]:
     position, ids = 0, job.ids
-    threads = torch.get_num_threads()
-    with Decoder(job.loaded.model, job.context, int8=job.int8) as decoder:
-        torch.set_num_threads(1)  # torch's threads spin a while after work, on the decoder's cores
-        try:
-            stream.begin()
-            for _ in range(job.count):
-                logits = decoder.logits(ids, position)
-                position += len(ids)
-                _refuse_not_finite(job, logits)
-                token = job.sampling.draw(logits)
-                stream.put(token)
-                if stream.ended:
-                    break
-                ids = [token]
-        finally:
-            torch.set_num_threads(threads)
+    # torch's threads spin a while after work, on the decoder's cores
+    with Decoder(job.loaded.model, job.context, int8=job.int8) as decoder, one_thread():
+        stream.begin()
+        for _ in range(job.count):
+            logits = decoder.logits(ids, position)
+            position += len(ids)
+            _refuse_not_finite(job, logits)
+            token = job.sampling.draw(logits)
+            stream.put(token)
+            if stream.ended:
+                break
+            ids = [token]
         stream.end()
         return {
             "threads": decoder.threads,

@@ -82,3 +82,9 @@ class InterruptedByUser(TernqError):
     """Ctrl-C. The same command goes on from the last checkpoint."""
 
     exit_code = 130
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether Python or torch says that memory does not suffice."""
+    said = any(words in str(error) for words in ("allocate memory", "out of memory"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)

@@ -60,9 +60,9 @@ def generate(
     import torch
 
     from ternq.decoder import load_dtype
-    from ternq.efficiency import tensor_bytes
     from ternq.engines import Job, Stream, run
     from ternq.hf import load
+    from ternq.memory import model_bytes
     from ternq.outlines import max_length
     from ternq.sampling import Text
 
@@ -87,21 +87,19 @@ def generate(
     result = {"model": model, "prompt": prompt, "text": "".join(stream.pieces)}
     length = "length" if max_new_tokens <= room else "context"
     result |= {"finish": "end" if stream.ended else length}
-    result |= engine | stream.speed(len(ids)) | {"parameter_bytes": tensor_bytes(loaded.model)}
+    result |= engine | stream.speed(len(ids)) | {"parameter_bytes": model_bytes(loaded.model)}
     progress(Event("generate", summary(result)))
     return result
 
 
 def _planned(job: "Job", dtype: Any) -> dict[str, Any]:
     """Which engine would run, on how many tokens at most, and whether memory holds the cache."""
-    from ternq.decoder import cache_bytes
-    from ternq.efficiency import tensor_bytes
     from ternq.engines import chosen
-    from ternq.perplexity import free_memory
+    from ternq.memory import cache_bytes, free_memory, model_bytes
     from ternq.weights import stored_dtype, weights_summary
 
     model, engine, notes = job.loaded.model, chosen(job, dtype), []
-    held, cache = tensor_bytes(model), 0
+    held, cache = model_bytes(model), 0
     if engine["engine"] == "native":
         cache = cache_bytes(model, job.context)
     else:

@@ -19,6 +19,7 @@ from ternq.errors import InputError, RecipeError, ResourceError, VerificationErr
 from ternq.formats.gguf_file import Header
 from ternq.kernels import choice, rounds_activations
 from ternq.linear import packed_layers
+from ternq.memory import give_back
 from ternq.modeling_ternq import METHOD, PackedLinear
 from ternq.origin import (
     BASE_FOLDER,
@@ -33,7 +34,6 @@ from ternq.origin import (
     refuse_unfinished,
 )
 from ternq.outlines import check_structure, config_of, quantized_by, skeleton
-from ternq.perplexity import give_back
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import MANIFEST, verify_files
 from ternq.recipe import Recipe, display_name

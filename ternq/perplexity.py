@@ -5,12 +5,8 @@ cut into non-overlapping blocks, each block is read alone, the first token of a 
 predicted, and the perplexity is the exponential of the mean over the blocks.
 """
 
-import contextlib
-import ctypes
-import gc
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternq.errors import InputError
+from ternq.memory import free_memory
 from ternq.progress import Event, Progress, ignore
 
 BLOCK = 2048
@@ -148,34 +145,6 @@ def rows_that_fit(model: Any, length: int) -> int:
     if device.type == "cpu":
         fits = min(fits, max(1, _TOKENS_ON_CPU // length))
     return max(1, min(fits, _ROWS))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    return min(available, _left_in_container() or available)
-
-
-def give_back() -> None:
-    """Hand memory that nothing refers to back to the system, which glibc would keep."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _left_in_container() -> int | None:
-    """Bytes that a container's limit leaves; None where there is none, or none is told."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return int(limit) - used if limit.isdecimal() else None
 
 
 def _blocks(ids: Tensor, length: int, stage: str, progress: Progress) -> Tensor:

@@ -148,6 +148,12 @@ def write_manifest(
     return manifest
 
 
+def manifest_of(folder: Path) -> str | None:
+    """The manifest's name in an artefact, or in a dense folder, a baseline's; None without one."""
+    names = (MANIFEST, EXPORT_MANIFEST)
+    return next((name for name in names if (folder / name).is_file()), None)
+
+
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The checked content of the manifest.
 

@@ -20,8 +20,8 @@ import ternq
 from ternq import checkpoint, metrics, processes
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
 from ternq.files import read_json, sync, writing
+from ternq.memory import free_memory
 from ternq.optimize import load_state_tensors, state_tensors
-from ternq.perplexity import free_memory
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import CHECKPOINT as STATE
 from ternq.publish import verify_files, write_manifest

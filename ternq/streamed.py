@@ -25,8 +25,9 @@ from ternq.calibrate import Started, on, run, start_block, use
 from ternq.errors import RecipeError
 from ternq.files import write_json
 from ternq.linear import TernaryLinear, group_rule, prepare, ternary_layers
+from ternq.memory import free_memory
 from ternq.modeling_ternq import features
-from ternq.perplexity import BLOCK, free_memory
+from ternq.perplexity import BLOCK
 from ternq.precision import products
 from ternq.prepared import Prepared, described, refuse_own_code, text_of
 from ternq.progress import Event, Progress, ignore

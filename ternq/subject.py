@@ -14,7 +14,7 @@ from ternq.files import sha256
 from ternq.hf import Loaded
 from ternq.kernels import choice
 from ternq.progress import Progress, ignore
-from ternq.publish import EXPORT_MANIFEST, MANIFEST, read_manifest
+from ternq.publish import manifest_of, read_manifest
 from ternq.text import is_offline
 from ternq.weights import weights_summary
 
@@ -92,12 +92,8 @@ class Subject:
     def _weights(self) -> dict[str, Any]:
         loaded = self.loaded
         path = loaded.path
-        if path is not None and (path / MANIFEST).is_file():
-            manifest = read_manifest(path)
-            size = sum(file["bytes"] for file in manifest["files"])
-            return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
-        if path is not None and (path / EXPORT_MANIFEST).is_file():
-            manifest = read_manifest(path, EXPORT_MANIFEST)  # a baseline's: as it would be stored
+        if path is not None and (name := manifest_of(path)):
+            manifest = read_manifest(path, name)
             size = sum(file["bytes"] for file in manifest["files"])
             return {"kind": loaded.kind, **manifest["weights"], "file_bytes": size}
         if loaded.kind != "dense":

@@ -17,13 +17,13 @@ from ternq.evaluate import evaluate
 from ternq.files import read_json, renamed, write_json
 from ternq.linear import ternary_layers
 from ternq.measure import Limit, check_metrics
+from ternq.memory import give_back
 from ternq.metrics import METRICS, steps_of
 from ternq.pack import pack
 from ternq.page import page
-from ternq.perplexity import give_back
 from ternq.prepared import perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.publish import EXPORT_MANIFEST, MANIFEST, check_output, read_manifest, verify_files
+from ternq.publish import check_output, manifest_of, read_manifest, verify_files
 from ternq.recipe import Recipe, flag, refuse_scratch, untrained
 from ternq.report import markdown
 from ternq.runs import REPORT
@@ -290,7 +290,7 @@ def write_pages(out: Path, payload: dict[str, Any]) -> None:
 
 def _made(out: Path, asked: dict[str, Any]) -> bool:
     """Whether the artefact at ``out`` is what this very request makes."""
-    name = _manifest(out)
+    name = manifest_of(out)
     if name is None:
         return False
     manifest = read_manifest(out, name)
@@ -312,7 +312,7 @@ def _other(asked: dict[str, Any], was: dict[str, Any]) -> list[str]:
 
 def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The report of an artefact that this very request made; None where ``out`` has none."""
-    name = _manifest(out)
+    name = manifest_of(out)
     if name is None:
         return None
     manifest = read_manifest(out, name)
@@ -331,12 +331,6 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
         return read_json(report)
     kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
     return {"model": recipe.model, "out": str(out), "notes": [f"{report} is gone."]} | kept
-
-
-def _manifest(out: Path) -> str | None:
-    """The manifest of an artefact, or of the dense folder of a baseline; None where none is."""
-    names = (MANIFEST, EXPORT_MANIFEST)
-    return next((name for name in names if (out / name).is_file()), None)
 
 
 def samples(model: str, teacher: hf.Loaded, student: hf.Loaded) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ import torch
 from conftest import Demo
 from torch import nn
 
-from ternq import efficiency, hf, kernels
+from ternq import efficiency, hf, kernels, memory
 from ternq.efficiency import Meter, Times, measure
 from ternq.errors import (
     InputError,
@@ -82,8 +82,8 @@ def test_a_packed_model_is_smaller(demo: Demo) -> None:
     packed = demo.folder / "demo-ternary"
     found = measure(str(packed), offline=True, prompt=4, new=2)
     assert found["file_bytes"] == sum(f.stat().st_size for f in packed.glob("*.safetensors"))
-    assert found["parameter_bytes"] == efficiency.tensor_bytes(hf.load(str(packed)).model)
-    assert found["parameter_bytes"] < efficiency.tensor_bytes(hf.load("demo").model)
+    assert found["parameter_bytes"] == memory.model_bytes(hf.load(str(packed)).model)
+    assert found["parameter_bytes"] < memory.model_bytes(hf.load("demo").model)
     native = [key for key in found if key.startswith("native_")]
     assert len(native) == (2 if kernels.library() else 0)
     assert all(found[key] > 0 for key in native)
@@ -93,7 +93,7 @@ def test_a_packed_model_is_smaller(demo: Demo) -> None:
 def test_the_type_asked_for_is_that_of_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     count = sum(p.numel() for p in tiny.model().parameters())
-    buffers = efficiency.tensor_bytes(tiny.model()) - 4 * count
+    buffers = memory.model_bytes(tiny.model()) - 4 * count
     found = measure(str(folder), dtype=torch.bfloat16, offline=True, prompt=4, new=2)
     assert found["parameter_bytes"] == 2 * count + buffers
 
@@ -193,7 +193,7 @@ def test_want_of_memory_is_a_resource(error: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="there the starting process counts")
 def test_the_largest_size_is_not_that_of_the_process_that_started_it() -> None:
     ballast = b"1" * 500_000_000
-    program = "from ternq.efficiency import _peak, resident; print(resident(), _peak())"
+    program = "from ternq.memory import peak, resident; print(resident(), peak())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     resident, peak = map(int, done.stdout.split())
     assert 0 < resident <= peak + 2**20 < len(ballast)

@@ -248,7 +248,7 @@ def test_a_plan_writes_nothing(
     assert cli.run(command) == 0
     said = capsys.readouterr().out
     assert "native" in said and "2 read, 64 new at most" in said
-    monkeypatch.setattr("ternq.perplexity.free_memory", lambda device: 10)
+    monkeypatch.setattr("ternq.memory.free_memory", lambda device: 10)
     assert cli.run([*command, "--json"]) == 4
     refused = json.loads(capsys.readouterr().out)
     assert refused["plan"] and "cache" in refused["error"]["message"]

@@ -52,6 +52,17 @@ def using(kernel: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread, where its others would only wait, or spin on cores of ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def wanted() -> str:
     """What was asked for. RecipeError for a name that is none of `KERNELS`."""
     name = _forced or os.environ.get("TERNQ_KERNEL") or "auto"
