@@ -41,7 +41,6 @@ _NORMS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class _Table(ctypes.Structure):
@@ -229,7 +228,7 @@ class Decoder:
         """Rows of the embedding or the output head, in the type that they have."""
         scale = self._address(layer.scale()) if isinstance(layer, Int8) else None
         weight = layer.weight
-        return _Table(rows=self._address(weight), scale=scale, dtype=_TYPES[weight.dtype])
+        return _Table(rows=self._address(weight), scale=scale, dtype=native.TABLES[weight.dtype])
 
     def _floats(self, values: Tensor | None) -> int | None:
         return None if values is None else self._address(values.detach().float())

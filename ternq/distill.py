@@ -35,12 +35,12 @@ from ternq.errors import RecipeError
 from ternq.files import read_json, write_json
 from ternq.frozen import fold, plain_state
 from ternq.linear import decoder_blocks
+from ternq.origin import REPORT
 from ternq.precision import products
 from ternq.prepared import Prepared, as_made, fitting, perplexity, prepare_run
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Recipe, refuse_untrained
 from ternq.reconstruct import rows_at_once
-from ternq.runs import REPORT
 from ternq.teacher import CachedTeacher, TeacherCache, cached_teacher
 from ternq.train import Trainer
 from ternq.weights import stored_dtype, weights_summary

@@ -33,7 +33,7 @@ from ternq.origin import (
     read_run,
     refuse_unfinished,
 )
-from ternq.outlines import check_structure, config_of, quantized_by, skeleton
+from ternq.outlines import check_structure, config_of, dtype_of, quantized_by, skeleton
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import MANIFEST, verify_files
 from ternq.recipe import Recipe, display_name
@@ -160,14 +160,13 @@ def drawn(
     build: Any = AutoModelForCausalLM.from_config
     with in_words(model, offline), torch.random.fork_rng(devices=[]):
         config = config_of(model, where, options)
-        own = getattr(config, "dtype", None)
+        stored = dtype_of(config)
         for name in ("quantization_config", "auto_map") if quantized_by(config) else ():
             if hasattr(config, name):
                 delattr(config, name)
         tokenizer = _tokenizer(model, where, options)
         torch.manual_seed(seed)
         new = build(config, dtype=torch.float32)
-    stored = own if isinstance(own, torch.dtype) else torch.float32
     return Loaded(
         _to(new.eval(), device), tokenizer, display_name(model), model, "dense", path, stored
     )
@@ -216,9 +215,7 @@ def outline(model: str, *, offline: bool = False) -> tuple[Loaded, Path]:
         if quantized_by(config) == METHOD:
             raise InputError(f"'{model}' is ternary already.")
         tokenizer = _tokenizer(model, str(folder), {"local_files_only": True})
-    own = getattr(config, "dtype", None)
-    stored = own if isinstance(own, torch.dtype) else torch.float32
-    name = display_name(model)
+    name, stored = display_name(model), dtype_of(config)
     return Loaded(skeleton(folder), tokenizer, name, model, "dense", path, stored), folder
 
 

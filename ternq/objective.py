@@ -23,9 +23,7 @@ class Objective(nn.Module):
     ``whole`` says why logits are held whole; None: they are made in chunks, through the head.
     """
 
-    def __init__(
-        self, student: Any, teacher: Any, settings: Training, autocast: Any = None
-    ) -> None:
+    def __init__(self, student: Any, teacher: Any, settings: Training, autocast: Any) -> None:
         super().__init__()
         self.student = student
         self.settings, self.autocast = settings, autocast

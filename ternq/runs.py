@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ternq
 from ternq import hf, origin, processes
+from ternq.checkpoint import dtype_name
 from ternq.data import parse_mix
 from ternq.errors import InputError, RecipeError
 from ternq.files import read_json, sha256, write_json, writing
@@ -33,7 +34,6 @@ from ternq.recipe import DEMO, DEMO_FOLDER, Recipe
 from ternq.snapshots import CHECKPOINTS
 from ternq.trackers import LOGS
 
-REPORT = origin.REPORT
 OWN_TEXT_FILE = "self.json"
 TEACHER_FOLDER = "teacher"  # what its last block put out (`ternq.teacher`)
 BLOCKS = "blocks"  # finished blocks of a run that goes block by block
@@ -197,7 +197,7 @@ def begin(
         FORMAT: FORMAT_VERSION,
         "recipe": recipe.to_json(),
         "modules": list(ternary_layers(student.model)),
-        "dtype": str(student.dtype).removeprefix("torch."),
+        "dtype": dtype_name(student.dtype),
         "data": data,
         "asked_strategy": asked,
         **identity,
@@ -257,7 +257,7 @@ def remove(out: Path, *, keep_own_text: bool = False) -> None:
     for folder in (out / name for name in own):
         if folder.is_dir():
             shutil.rmtree(folder)
-    names = {origin.STUDENT_FILE, REPORT, METRICS}
+    names = {origin.STUDENT_FILE, origin.REPORT, METRICS}
     names |= set() if keep_own_text else {OWN_TEXT_FILE}
     for path in list(out.iterdir()) if out.is_dir() else []:
         if path.name != _REMOVED and (path.name in names or _leftover(path)):
@@ -278,7 +278,7 @@ def _foreign(path: Path) -> bool:
 
 def _leftover(path: Path) -> bool:
     """A file that a killed process was writing under a temporary name."""
-    written = (origin.RUN_FILE, OWN_TEXT_FILE, REPORT, METRICS, origin.STUDENT_FILE)
+    written = (origin.RUN_FILE, OWN_TEXT_FILE, origin.REPORT, METRICS, origin.STUDENT_FILE)
     return path.is_file() and path.name.startswith(tuple(f".{name}." for name in written))
 
 

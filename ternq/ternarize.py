@@ -19,6 +19,7 @@ from ternq.linear import ternary_layers
 from ternq.measure import Limit, check_metrics
 from ternq.memory import give_back
 from ternq.metrics import METRICS, steps_of
+from ternq.origin import REPORT
 from ternq.pack import pack
 from ternq.page import page
 from ternq.prepared import perplexity
@@ -26,7 +27,6 @@ from ternq.progress import Event, Progress, ignore
 from ternq.publish import check_output, manifest_of, read_manifest, verify_files
 from ternq.recipe import Recipe, flag, refuse_scratch, untrained
 from ternq.report import markdown
-from ternq.runs import REPORT
 from ternq.samples import PROMPTS, continued
 from ternq.tasks import Job, load_jobs
 from ternq.weights import layer_diagnostics
