@@ -17,7 +17,7 @@ from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint, roughly
 from ternq.linear import decoder_blocks
 from ternq.memory import free_memory, resident
-from ternq.optimize import take_step
+from ternq.optimize import on_trial, take_step
 from ternq.processes import Crew
 from ternq.recipe import Scheme, Train, Training
 from ternq.walk import bytes_needed
@@ -117,7 +117,8 @@ def choose(
         return counted[candidate]
 
     weights, last = _block_weights(build), settings
-    for family in families(settings, by_blocks):
+    changeable = _changeable(scheme, settings)
+    for family in families(settings, by_blocks and changeable, changeable, crew.sharded):
         (first, _), (last, _) = family[0], family[-1]
         if free < _floor(last, crew) * weights:
             continue  # counting takes a while for a large model
@@ -171,18 +172,21 @@ def _free(device: str) -> int:
         raise ResourceError(f"No device '{device}' here: {reason}") from None
 
 
-def families(settings: Training, by_blocks: bool) -> Iterator[list[tuple[Training, str]]]:
+def families(
+    settings: Training, by_blocks: bool, changeable: bool, sharded: bool
+) -> Iterator[list[tuple[Training, str]]]:
     """What is tried, in order, each family from the fastest to the smallest.
 
-    End to end; where nothing else is asked for, an adapter and then scales alone; block by block.
+    End to end; where what learns is ``changeable``, an adapter (not in shards) and then scales
+    alone; block by block.
     """
     if settings.block_by_block:
         yield [(settings, BY_BLOCKS)]
         return
-    trains: tuple[Train, ...] = ("all", "low-rank", "scales")
-    for train in trains if _changeable(settings) else (settings.train,):
+    trains: tuple[Train, ...] = ("all", "scales") if sharded else ("all", "low-rank", "scales")
+    for train in trains if changeable else (settings.train,):
         yield list(_variants(replace(settings, train=train)))
-    if by_blocks and _changeable(settings):
+    if by_blocks:
         yield [(replace(settings, block_by_block=True), BY_BLOCKS)]
 
 
@@ -204,10 +208,10 @@ def _floor(settings: Training, crew: Crew) -> float:
     return teacher + own / (crew.count if crew.sharded else 1)
 
 
-def _changeable(settings: Training) -> bool:
+def _changeable(scheme: Scheme, settings: Training) -> bool:
     """Whether what learns may be chosen: these settings go with every choice."""
-    chosen = (settings.train, settings.latent, settings.offload, settings.objective)
-    return chosen == ("all", "float32", False, "distill") and not settings.from_scratch
+    chosen = (settings.train, settings.latent, settings.offload, settings.objective, scheme.method)
+    return chosen == ("all", "float32", False, "distill", "dlt") and not settings.from_scratch
 
 
 def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
@@ -270,19 +274,14 @@ def probe(trainer: Any) -> float:
     vocabulary = trainer.student.get_output_embeddings().weight.shape[0]
     shape = (settings.batch_size, settings.sequence_length)
     batch = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
     seconds: list[float] = []
-    while len(seconds) < 1 + PROBE_STEPS and sum(seconds) < PROBE_SECONDS:
-        began = time.monotonic()
-        trainer.accumulate(batch)
-        take_step(optimizer, settings, seed=0, step=0, norm=trainer.clip())
-        optimizer.zero_grad()
-        seconds.append(time.monotonic() - began)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.state.clear()
+    with on_trial(optimizer):
+        while len(seconds) < 1 + PROBE_STEPS and sum(seconds) < PROBE_SECONDS:
+            began = time.monotonic()
+            trainer.accumulate(batch)
+            take_step(optimizer, settings, seed=0, step=0, norm=trainer.clip())
+            optimizer.zero_grad()
+            seconds.append(time.monotonic() - began)
     return batch.numel() / statistics.median(seconds[1:] or seconds)
 
 

@@ -149,7 +149,8 @@ def roughly(build: Callable[[], Any], settings: Training, reason: str) -> Footpr
     wide = 12 * config.hidden_size + 4 * mlp
     kept = config.hidden_size if settings.gradient_checkpointing else wide
     activations = 4 * tokens * (kept * blocks + wide + 3 * config.vocab_size)
-    return Footprint(8 * everything, 8 * linear, 9 * linear + activations, rough=reason)
+    start, both = _start(model, settings), 8 * everything
+    return Footprint(both, 8 * linear, 9 * linear + activations, both, start=start, rough=reason)
 
 
 def _depth(build: Callable[[], Any]) -> int:

@@ -76,11 +76,11 @@ class FrozenCodes(Frozen):
         """The codes, int8 ``[out, in]``: the buffer itself."""
         return self.weight
 
-    def latent(self) -> Tensor:
+    def latent(self, scale: Tensor) -> Tensor:
         """A latent weight with these codes, bfloat16 ``[out, in]``: ``|scale| * code``."""
-        scale = self.weight_scale.detach().abs()
-        scale = torch.where(scale > _NO_SCALE, scale, torch.ones_like(scale))
-        return ternary.dequantize(self.weight, scale, None, self.group_size).bfloat16()
+        size = scale.abs().to(self.weight.device)
+        size = torch.where(size > _NO_SCALE, size, torch.ones_like(size))
+        return ternary.dequantize(self.weight, size, None, self.group_size).bfloat16()
 
 
 class LowRank(Frozen):
@@ -219,7 +219,11 @@ def fold(model: nn.Module) -> None:
 
 
 def plain_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same state with latent weights where `FrozenCodes` holds codes, as a run is stored."""
+    """The same state with latent weights where `FrozenCodes` holds codes, as a run is stored.
+
+    Scales are the state's: those of the model may be this process's shards.
+    """
     layers = ternary_layers(model).items()
     codes = {f"{n}.weight": m for n, m in layers if isinstance(m, FrozenCodes)}
-    return {n: codes[n].latent().cpu() if n in codes else tensor for n, tensor in state.items()}
+    scales = {n: state[f"{n}_scale"] for n in codes if f"{n}_scale" in state}
+    return state | {n: codes[n].latent(scale).cpu() for n, scale in scales.items()}

@@ -7,6 +7,7 @@ are torchao's, an optional package that enters here only.
 import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +24,20 @@ BETAS = (0.9, 0.95)
 _PIECES = ("codes", "scale")  # of torchao's 8-bit state; the rest follows from them
 
 
-def refuse(settings: Training, device: str) -> None:
+def refuse(settings: Training, device: str, crew: processes.Crew) -> None:
     """`RecipeError` if the optimizer that the settings ask for is not to be had."""
+    if settings.offload and crew.count > 1:
+        raise RecipeError(
+            "--offload is of one process: it copies gradients before others have added theirs.",
+            "Leave --offload out.",
+        )
+    eight, rounded = settings.optimizer != "adamw", settings.latent != "float32"
+    if crew.sharded and (eight or rounded):
+        one = f"--optimizer {settings.optimizer}" if eight else f"--latent {settings.latent}"
+        raise RecipeError(
+            f"{one} does not go with parameters in shards (FSDP).",
+            "Leave it out, or launch without --use_fsdp.",
+        )
     if settings.offload and not device.startswith("cuda"):
         raise RecipeError(
             f"--offload moves optimizer states from a GPU to the host; --device is {device}.",
@@ -43,7 +56,6 @@ def optimizer(student: nn.Module, settings: Training) -> torch.optim.Optimizer:
     scratch they learn as well: embeddings and head without weight decay, as norms and biases.
     Where ``--train`` freezes the weights, norms and biases are frozen too.
     """
-    refuse(settings, str(next(student.parameters()).device))
     head = getattr(student, "get_output_embeddings", lambda: None)()
     scale_lr = settings.peak_lr if settings.scale_lr is None else settings.scale_lr
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "rest": []}
@@ -120,11 +132,30 @@ def set_rate(
     now, decaying = factor * rate(step, steps, settings), decays(step, steps, settings)
     for group in optimizer.param_groups:
         group["weight_decay"] = group["first_decay"] if decaying else 0.0
-        if isinstance(group["lr"], Tensor):  # torchao's
-            group["lr"].fill_(group["peak_lr"] * now)
-        else:
-            group["lr"] = group["peak_lr"] * now
+        _put_rate(group, group["peak_lr"] * now)
     return settings.peak_lr * now
+
+
+def _put_rate(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):  # torchao's
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+@contextlib.contextmanager
+def on_trial(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Steps within have a rate of 0, and the optimizer forgets them afterwards."""
+    for group in optimizer.param_groups:
+        _put_rate(group, 0.0)
+    yield
+    for group in optimizer.param_groups:
+        _put_rate(group, group["peak_lr"])
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    host = getattr(inner, "optim_dict", None)  # of torchao's offloading, which holds several
+    for part in [inner] if host is None else [*host.values(), inner.d_opt]:
+        if part is not None:
+            part.state.clear()
 
 
 def take_step(

@@ -18,7 +18,7 @@ from ternq.prepared import fitting, prepare_run
 from ternq.processes import Crew, refuse_uneven
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import check_output
-from ternq.recipe import Recipe
+from ternq.recipe import NOT_TERNARY, Recipe
 from ternq.student import student_of
 from ternq.teacher import cache_bytes
 from ternq.weights import stored_dtype, weights_summary
@@ -68,8 +68,11 @@ def plan(
     dtype = stored_dtype(outlines.dtype_of(built.config), keep_dtype)
     weights = weights_summary(student, dtype, int8_tables=embeddings == "int8")
     training = pace.budgeted(recipe)
+    # a budget that is still open has the most that one may have
+    tokens = budget.MOST_TOKENS if training["tokens"] is None else training["tokens"]
     width = built.config.get_text_config().hidden_size
-    disk = _disk(weights, counted, recipe, training["tokens"] or 0, width)
+    optimizer = counted.counted.optimizer * (crew.count if crew and crew.sharded else 1)
+    disk = _disk(weights, optimizer, recipe, dtype.itemsize, tokens, width)
     free = free_disk(out)
     found: dict[str, Any] = {
         "model": model,
@@ -122,15 +125,22 @@ def _outline(model: str, notes: list[str]) -> tuple[hf.Loaded, Path] | None:
 
 
 def _disk(
-    weights: dict[str, Any], counted: budget.Memory, recipe: Recipe, tokens: int, width: int
+    weights: dict[str, Any], optimizer: int, recipe: Recipe, itemsize: int, tokens: int, width: int
 ) -> int:
     """Artefact, checkpoints (of which one is on the way), a start that took time, a cache.
 
-    The cache is of ``tokens`` of a teacher whose blocks put out ``width`` channels.
+    A checkpoint has all of the ``optimizer``'s bytes. What only rounds has none, and what is not
+    ternary is a dense folder, of ``itemsize`` bytes a weight. The cache is of ``tokens`` of a
+    teacher whose blocks put out ``width`` channels.
     """
-    settings = recipe.training
+    settings, size = recipe.training, weights["bytes"]
+    if recipe.only_rounds:
+        dense = recipe.scheme.method in NOT_TERNARY
+        return int(itemsize * weights["parameters"] if dense else size)
+    if settings.block_by_block:
+        return int(2 * size)
     student = 4 * weights["parameters"]
-    kept = (settings.keep_checkpoints + 1) * (student + counted.counted.optimizer)
+    kept = (settings.keep_checkpoints + 1) * (student + optimizer)
     kept += student if settings.calibrated else 0
     kept += cache_bytes(tokens, width) if settings.cache_teacher else 0
-    return int(weights["bytes"] + (weights["bytes"] if settings.block_by_block else kept))
+    return int(size + kept)

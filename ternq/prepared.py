@@ -73,7 +73,6 @@ def prepare_run(
     ``record`` is that of a run to go on with: what was chosen for it then is chosen again, whatever
     memory and network say now.
     """
-    optimize.refuse(recipe.training, device)
     if device == "cpu":
         torch.manual_seed(recipe.seed)
     options: dict[str, Any] = {
@@ -101,6 +100,7 @@ def prepare_run(
         alone = recipe.training.objective == "ce" and _recorded_base(base) is None
         big, student = None if alone else _from_ternary(base, teacher, options), base
         selection, recipe = _selection_of(student, recipe, notes)
+        scratch.check_scheme(recipe.scheme, recipe.training)
         if recipe.training.calibrated:
             notes.append("Start: the codes that the model has; --start is for dense models.")
     if big is not None:
@@ -186,7 +186,10 @@ def fitting(
     """
     notes: list[str] = []
     ternary = built.scheme is not None
-    training = with_start(recipe, ternary)
+    training, scheme = with_start(recipe, ternary), built.scheme or recipe.scheme
+    crew = crew or processes.crew()
+    optimize.refuse(training, device, crew)
+    scratch.refuse_in_shards(scheme, training, crew)
     if record is None:
         training, said = with_products(training, device)
         notes += said
@@ -199,7 +202,6 @@ def fitting(
         counted, why = budget.rounding(built, training, device, memory)
         notes.append(f"Strategy: {why}.")
     elif record is None:
-        scheme = built.scheme or recipe.scheme
         by_blocks = by_blocks and built.by_blocks
         training, counted, why = budget.choose(
             built, scheme, training, device, memory, by_blocks=by_blocks, exact=exact, crew=crew

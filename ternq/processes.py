@@ -8,7 +8,7 @@ processes meet, since the command line asks here who it is.
 
 import atexit
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -237,11 +237,11 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def over_shards(numbers: list[float], tensor: Any) -> list[float]:
+def over_shards(numbers: Sequence[float], tensor: Any) -> list[float]:
     """Sums over all processes, where they were taken of shards such as ``tensor``."""
     if not is_sharded(tensor):
-        return numbers
-    return [sum(values) for values in zip(*gather(numbers), strict=True)]
+        return list(numbers)
+    return [sum(values) for values in zip(*gather(list(numbers)), strict=True)]
 
 
 def gathered(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:

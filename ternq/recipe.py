@@ -208,7 +208,7 @@ class Training:
         return GENTLE_LR if fitting and self.train == "all" else USUAL_LR
 
     def _check_schedule(self) -> None:
-        for name in ("decay_until", "reconstruction_softened"):
+        for name in ("warmup", "decay_until", "reconstruction_softened"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{flag(name)} is {getattr(self, name)}; it is a share, 0 to 1.")
         if self.lr_second is not None and self.lr == 0:

@@ -19,6 +19,7 @@ from ternq.kernels.native import DTYPES, Native
 
 _CACHED = 2**18  # weights rounded in one go: what a core's cache holds from pass to pass
 THRESHOLD = 0.7  # of the group's mean absolute value: TWN's rule
+VARIANTS = 128  # shapes and types of weights, compiled one by one on a GPU
 
 
 class Piece(NamedTuple):
@@ -126,6 +127,10 @@ def fuses(device: torch.device) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo import config
+
+    # Each shape and type is compiled by itself; beyond the limit, 8, torch would run it eagerly.
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     return torch.compile(function, dynamic=False)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from ternq.corpus import has_own_text
 from ternq.errors import InputError, RecipeError
 from ternq.linear import settled
-from ternq.recipe import Recipe, Scheme
+from ternq.processes import Crew
+from ternq.recipe import Recipe, Scheme, Training
 
 
 def check(recipe: Recipe, teacher: str | None) -> None:
@@ -41,14 +42,37 @@ def check(recipe: Recipe, teacher: str | None) -> None:
     if started and (scratch or scheme.method != "dlt"):
         beside = "--from-scratch" if scratch else f"--method {scheme.method}"
         raise RecipeError(f"--start {training.start} rounds a trained model by DLT, not {beside}.")
-    if (scratch or scheme.method != "dlt") and (training.train != "all" or training.cache_teacher):
+    check_scheme(scheme, training)
+
+
+def check_scheme(scheme: Scheme, training: Training) -> None:
+    """Refuse what is of DLT alone beside another method: asked for, or that of a ternary model.
+
+    Raises:
+        RecipeError: what to leave out.
+    """
+    other = scheme.method != "dlt"
+    if (training.from_scratch or other) and (training.train != "all" or training.cache_teacher):
         one = "--cache-teacher" if training.cache_teacher else f"--train {training.train}"
         raise RecipeError(f"{one} is for a trained model and --method dlt.")
-    if scheme.method != "dlt" and training.block_by_block:
+    if other and training.block_by_block:
         raise RecipeError(f"--block-by-block is of --method dlt, not of {scheme.method}.")
-    if scheme.method != "dlt" and (training.scale_lr is not None or training.ste != "identity"):
+    if other and (training.scale_lr is not None or training.ste != "identity"):
         one = "--ste" if training.ste != "identity" else "--scale-lr"
         raise RecipeError(f"{one} is of --method dlt; {scheme.method} learns no scales.")
+
+
+def refuse_in_shards(scheme: Scheme, training: Training, crew: Crew) -> None:
+    """`RecipeError` for layers whose weight in use is made of more than this process's shard."""
+    if not crew.sharded:
+        return
+    what = "--method absmean" if scheme.method == "absmean" else None
+    what = "--train low-rank" if training.train == "low-rank" else what
+    if what:
+        raise RecipeError(
+            f"{what} does not go with parameters in shards (FSDP).",
+            "Launch without --use_fsdp, or leave it out.",
+        )
 
 
 def settle(model: nn.Module, scheme: Scheme, notes: list[str]) -> Scheme:

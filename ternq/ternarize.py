@@ -6,6 +6,7 @@ stopped command goes on with), `pack`, and the perplexity of what was packed, lo
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ternq.metrics import METRICS, steps_of
 from ternq.origin import REPORT
 from ternq.pack import pack
 from ternq.page import page
-from ternq.prepared import perplexity
+from ternq.prepared import Prepared, perplexity
 from ternq.progress import Event, Progress, ignore
 from ternq.publish import check_output, manifest_of, read_manifest, verify_files
 from ternq.recipe import Recipe, flag, refuse_scratch, untrained
@@ -97,18 +98,12 @@ def ternarize(
                 f"'{model}' was trained from scratch: there is nothing to compare it with.",
                 "Go on with ternq distill, then ternq pack.",
             )
-        by_blocks = isinstance(prepared, streamed.Streamed)
-        rounds = recipe.only_rounds
-        how: Any = streamed if by_blocks else baseline if rounds else distill
-        given: dict[str, Any] = {"time_limit": time_limit, "log_with": log_with}
-        read = [] if how is baseline else [*given] if how is distill else ["time_limit"]
-        unread = {name: given.pop(name) for name in sorted(given.keys() - read)}
-        unread |= {} if tasks else {"limit": limit, "data_dir": data_dir}
-        _say_unread(unread, prepared, progress)
-        trained = how.train_run(prepared, run, record, progress=progress, **given)
+        given = {"time_limit": time_limit, "log_with": log_with}
+        unread = {} if tasks else {"limit": limit, "data_dir": data_dir}
+        trained = _train(prepared, run, record, given, unread, progress)
         if not processes.is_main():
-            return dict(trained)
-        if how is distill and prepared.recipe.training.cache_teacher:
+            return trained
+        if _way(prepared) is distill and prepared.recipe.training.cache_teacher:
             # its decoder was dropped, and is needed again
             prepared.teacher = hf.load(
                 prepared.teacher.source,
@@ -119,36 +114,7 @@ def ternarize(
             )
         give_back()
         progress(Event("pack", "Packing, and loading what was packed to compare it"))
-
-        whole: Any = replace(prepared.student, kind="run", path=run)
-        form: dict[str, Any] = {"embeddings": embeddings, "keep_dtype": keep_dtype}
-        if by_blocks:
-            whole = streamed.source(prepared, run)
-        elif rounds and not ternary_layers(prepared.student.model):
-            whole, form = baseline.dense_source(prepared, run)
-
-        def measure(folder: Path) -> dict[str, Any]:
-            packed = _reloaded(folder, device, by_blocks)
-            student: Any = trained.get("student")  # where the file cannot be loaded, as made
-            if packed is None:
-                said = "The packed model does not fit here: it is measured as made."
-                trained["notes"].append(said)
-            else:
-                student = perplexity(prepared, packed, progress, "packed student")
-            results = {model: _held_out(trained["teacher"]), str(out): _held_out(student)}
-            pairs = [] if by_blocks else [(model, prepared.teacher)]
-            for name, loaded in [*pairs, (str(out), packed)] if jobs else ():
-                if loaded is not None:
-                    loaded = replace(loaded, name=name)
-                    found = evaluate(
-                        [loaded], tasks=tasks, jobs=jobs, limit=limit, seed=recipe.seed,
-                        progress=progress,
-                    )  # fmt: skip
-                    results[name] |= found["results"][name]
-            found = {"student": student, "results": results}
-            dense = "format" in form
-            return found | ({"weights": baseline.weights(prepared, folder)} if dense else {})
-
+        whole, form = _source(prepared, run, embeddings, keep_dtype)
         packed = pack(
             whole,
             out,
@@ -156,13 +122,23 @@ def ternarize(
             overwrite=overwrite or half,
             progress=progress,
             extra=asked | ({"made": made} if made else {}),
-            measure=measure,
+            measure=partial(
+                _measured,
+                prepared=prepared,
+                trained=trained,
+                names=(model, str(out)),
+                rounded="format" in form,
+                tasks=tasks,
+                jobs=jobs,
+                limit=limit,
+                device=device,
+                progress=progress,
+            ),
         )
-        notes = {"notes": [*trained["notes"], *packed["notes"]]}
-        if by_blocks and jobs:
-            said = f"{model} itself is too large for the tasks: they are of the result."
-            notes["notes"].append(said)
-        report: dict[str, Any] = trained | packed | notes | ({"made": made} if made else {})
+        notes = [*trained["notes"], *packed["notes"]]
+        if _way(prepared) is streamed and jobs:
+            notes.append(f"{model} itself is too large for the tasks: they are of the result.")
+        report = trained | packed | {"notes": notes} | ({"made": made} if made else {})
         report |= _looked_at(model, prepared, run, out, device)
         write_json(run / REPORT, report)
         keep_reports(run, out)
@@ -171,6 +147,14 @@ def ternarize(
         return report
 
 
+def _way(prepared: Prepared) -> Any:
+    """The module that makes the weights: block by block, by rounding alone, or by training."""
+    if isinstance(prepared, streamed.Streamed):
+        return streamed
+    return baseline if prepared.recipe.only_rounds else distill
+
+
+_READ = {distill: ("time_limit", "log_with"), streamed: ("time_limit",), baseline: ()}
 _UNREAD = {
     "time_limit": "a baseline is made in one piece",
     "log_with": "there are no steps of training end to end",
@@ -179,13 +163,71 @@ _UNREAD = {
 }
 
 
-def _say_unread(unread: dict[str, Any], prepared: Any, progress: Progress) -> None:
-    """Note the options that were given and that nothing of this command reads."""
-    for name, value in unread.items():
-        if value not in (None, ()):
+def _train(
+    prepared: Prepared,
+    run: Path,
+    record: dict[str, Any],
+    given: dict[str, Any],
+    unread: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Make the weights; of ``given`` options, those that this way does not read are ``unread``."""
+    way = _way(prepared)
+    read = {name: value for name, value in given.items() if name in _READ[way]}
+    for name, value in sorted((given | unread).items()):
+        if name not in read and value not in (None, ()):
             said = f"{flag(name)} changes nothing: {_UNREAD[name]}."
             prepared.notes.append(said)
             progress(Event("plan", said))
+    return dict(way.train_run(prepared, run, record, progress=progress, **read))
+
+
+def _source(
+    prepared: Prepared, run: Path, embeddings: str, keep_dtype: bool
+) -> tuple[Any, dict[str, Any]]:
+    """What is packed, and the options of `pack` for it."""
+    form = {"embeddings": embeddings, "keep_dtype": keep_dtype}
+    if isinstance(prepared, streamed.Streamed):
+        return streamed.source(prepared, run), form
+    if prepared.recipe.only_rounds and not ternary_layers(prepared.student.model):
+        return baseline.dense_source(prepared, run)
+    return replace(prepared.student, kind="run", path=run), form
+
+
+def _measured(
+    folder: Path,
+    *,
+    prepared: Prepared,
+    trained: dict[str, Any],
+    names: tuple[str, str],
+    rounded: bool,
+    tasks: tuple[str, ...],
+    jobs: list[Job],
+    limit: Limit,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What is measured of the artefact in ``folder``, before it has its place, and of the teacher.
+
+    ``names`` are those of teacher and artefact; ``rounded``: it is a dense folder, of a baseline.
+    """
+    by_blocks = _way(prepared) is streamed
+    packed = _reloaded(folder, device, by_blocks)
+    student: Any = trained.get("student")  # where the file cannot be loaded, as made
+    if packed is None:
+        trained["notes"].append("The packed model does not fit here: it is measured as made.")
+    else:
+        student = perplexity(prepared, packed, progress, "packed student")
+    held_out = map(_held_out, (trained["teacher"], student))
+    results = dict(zip(names, held_out, strict=True))
+    models = (None if by_blocks else prepared.teacher, packed)
+    for name, loaded in zip(names, models, strict=True) if jobs else ():
+        if loaded is not None:
+            found = evaluate([replace(loaded, name=name)], tasks=tasks, jobs=jobs, limit=limit,
+                             seed=prepared.recipe.seed, progress=progress)  # fmt: skip
+            results[name] |= found["results"][name]
+    found = {"student": student, "results": results}
+    return found | ({"weights": baseline.weights(prepared, folder)} if rounded else {})
 
 
 def check(
@@ -250,11 +292,12 @@ def _reloaded(folder: Path, device: str, by_blocks: bool) -> hf.Loaded | None:
     return hf.load(str(folder), dtype=torch.float32, device=device, offline=True)
 
 
-def _looked_at(model: str, prepared: Any, run: Path, out: Path, device: str) -> dict[str, Any]:
+def _looked_at(model: str, prepared: Prepared, run: Path, out: Path, device: str) -> dict[str, Any]:
     """What is shown of the finished model: text that both write, and each layer's error."""
     if isinstance(prepared, streamed.Streamed):
         layers = streamed.layer_diagnostics(prepared, streamed.source(prepared, run))
         return {"layers": {str(out): layers}}
+    assert prepared.teacher is not None, "it is refused without one"
     reloaded = hf.load(str(out), dtype=torch.float32, device=device)
     layers = layer_diagnostics(reloaded.model, prepared.teacher.model)
     texts = samples(model, prepared.teacher, reloaded)

@@ -7,6 +7,7 @@ numbers but what follows from seed and step (`ternq.optimize.take_step`): dropou
 text is a stream that is skipped to its place.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -163,6 +164,7 @@ class Trainer:
                 continue
             reason = self._stop_reason(now - began)
             due = now - saved > 60 * self.settings.checkpoint_minutes and not self.writer.busy()
+            due = due and processes.is_main()  # whose writer it is
             reason, due = processes.agreed(reason, due)
             last = bool(reason) or self.step == self.steps
             if due or last:
@@ -180,8 +182,10 @@ class Trainer:
             raise error
         retreats, read = self.retreats + 1, self.read
         self.writer.wait()
+        processes.gather(None)  # others than the main one have nothing to wait for, and read it too
         if not self.restore(good=True):
             raise error
+        processes.gather(None)
         self.optimizer.zero_grad()
         self.retreats, self.read = retreats, read
         said = f"{error.message} Back to step {self.step}, at 1/{2**retreats} of the rate"
@@ -287,12 +291,25 @@ class Trainer:
         return True
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Training mode (checkpointing needs it) with every dropout at 0: the loop draws no numbers."""
+def without_dropout(model: Any) -> None:
+    """Training mode (checkpointing needs it) with every dropout at 0: the loop draws no numbers.
+
+    A layer may read its share from the configuration in every pass: it gets one of its own, since
+    the model's is stored with it.
+    """
     model.train()
+    dry = copy.copy(model.config)
+    for name in _dropouts(dry):
+        setattr(dry, name, 0.0)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in _dropouts(module):
+            setattr(module, name, 0.0)
+        if vars(module).get("config") is model.config and not hasattr(module, "save_pretrained"):
+            module.config = dry
+
+
+def _dropouts(thing: Any) -> list[str]:
+    named = [name for name, value in vars(thing).items() if isinstance(value, float)]
+    return [name for name in named if "drop" in name]

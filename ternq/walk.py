@@ -22,7 +22,7 @@ from ternq import checkpoint, outlines
 from ternq.blocks import Call, Passing, calls_of
 from ternq.errors import InputError
 from ternq.linear import decoder_blocks
-from ternq.modeling_ternq import features
+from ternq.modeling_ternq import features, is_linear
 from ternq.progress import Event, Progress, ignore
 from ternq.recipe import Training
 
@@ -229,7 +229,7 @@ def bytes_needed(skeleton: Any, training: Training) -> int:
     config = skeleton.config.get_text_config()
     blocks = nn.ModuleList(decoder_blocks(skeleton)[1])
     block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
-    linears = [features(m) for m in blocks.modules() if isinstance(m, nn.Linear)]
+    linears = [features(m) for m in blocks.modules() if is_linear(m)]
     widest = max((columns for columns, _ in linears), default=config.hidden_size)
     largest = max((columns * rows for columns, rows in linears), default=0)
     rounding = 2 * 4 * block + (4 + 4 * 8) * widest**2 + 5 * 4 * largest

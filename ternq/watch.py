@@ -8,6 +8,7 @@ ours, and wide: a run that trips them is lost, not slow.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Watch:
         self.initial = {n: _scales(m) for n, m in ternary_layers(student).items()}
         self.course = Course()
         layers = ternary_layers(student).items()
-        self.constant = {n for n, m in layers if _of_one_code(m.codes())}  # nothing was learned yet
+        self.constant = set(self._alike({n: _counts(m.codes()) for n, m in layers}))  # from here
         self.collapsed: list[str] = []
 
     def state(self) -> dict[str, Any]:
@@ -77,21 +78,20 @@ class Watch:
 
     def diagnostics(self, before: dict[str, Tensor]) -> dict[str, float]:
         """Share of codes this step flipped, share of zeros, drift of scales and shifts."""
-        self.collapsed, count, flips, zeros = [], 0, 0, 0
+        counts, flips = {}, 0
         drift = [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
         for name, layer in ternary_layers(self.student).items():
             codes = layer.codes()
-            if _of_one_code(codes) and name not in self.constant:
-                self.collapsed.append(name)
-            count += codes.numel()
+            counts[name] = _counts(codes)
             flips += int((codes != packing.unpack_base3(before[name], codes.shape[1])).sum())
-            zeros += int((codes == 0).sum())
             for i, (now, start) in enumerate(zip(_scales(layer), self.initial[name], strict=True)):
                 scale = self.initial[name][0].abs().sum()
                 drift[i] += torch.stack([(now - start).abs().sum(), scale]).cpu().double()
-        some = next(iter(ternary_layers(self.student).values())).weight
-        numbers = [count, flips, zeros, *torch.cat(drift).tolist()]
-        every, flipped, zero, *drifts = processes.over_shards(numbers, some)
+        self.collapsed = [n for n in self._alike(counts) if n not in self.constant]
+        zeros, count = (sum(map(of, counts.values())) for of in (itemgetter(1), sum))
+        some = next(iter(ternary_layers(self.student).values()))
+        every, flipped, zero = processes.over_shards([count, flips, zeros], some.weight)
+        drifts = processes.over_shards(torch.cat(drift).tolist(), some.weight_scale)
         scale_drift, shift_drift = (a / b if b else 0.0 for a, b in (drifts[:2], drifts[2:]))
         return {
             "flip_share": flipped / every,
@@ -99,6 +99,15 @@ class Watch:
             "scale_drift": scale_drift,
             "shift_drift": shift_drift,
         }
+
+    def _alike(self, counts: dict[str, list[int]]) -> list[str]:
+        """The layers nearly all of whose codes are one; ``counts`` are of this process's rows."""
+        if not counts:
+            return []
+        some = next(iter(ternary_layers(self.student).values())).weight
+        sums = processes.over_shards([n for own in counts.values() for n in own], some)
+        three = (sums[i : i + 3] for i in range(0, len(sums), 3))
+        return [n for n, own in zip(counts, three, strict=True) if max(own) >= ONE_CODE * sum(own)]
 
     # -- divergence --------------------------------------------------------------------------------
 
@@ -138,9 +147,9 @@ def _diverged(step: int, why: str, instead: str) -> DivergenceError:
     )
 
 
-def _of_one_code(codes: Tensor) -> bool:
-    """Whether nearly all codes of a layer are alike."""
-    return max(int((codes == v).sum()) for v in (-1, 0, 1)) >= ONE_CODE * codes.numel()
+def _counts(codes: Tensor) -> list[int]:
+    """How many codes are -1, 0 and +1."""
+    return [int((codes == v).sum()) for v in (-1, 0, 1)]
 
 
 def _scales(layer: TernaryLinear) -> list[Tensor]:

@@ -94,6 +94,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.folder(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little held-out text: tiny models train in less than they are measured in."""
+    monkeypatch.setattr("ternq.corpus.HELD_OUT_TOKENS", 256)
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """``demo-ternary``, two steps trained by ``examples/python_api.py``; and a text beside it.

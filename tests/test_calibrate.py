@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ternq import calibrate, checkpoint, corpus, distill, origin, runs, states, stop
+from ternq import calibrate, checkpoint, distill, origin, runs, states, stop
 from ternq.blocks import BlockOutputs, Call
 from ternq.calibrate import compensated_start
 from ternq.compensate import Compensated, compensate
@@ -27,10 +27,7 @@ from ternq.train import Trainer
 
 SCHEME = Scheme(group_size=16)
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def ids(blocks: int = 10) -> Tensor:

@@ -17,7 +17,7 @@ import transformers
 from test_train import batch, close, gradients, random_blocks
 from torch import Tensor
 
-from ternq import corpus, hf, optimize, rounding, ternary
+from ternq import hf, optimize, rounding, ternary
 from ternq.distill import distill
 from ternq.errors import RecipeError
 from ternq.frozen import Compact, Frozen, FrozenCodes, LowRank, arrange, fold, plain_state
@@ -43,10 +43,7 @@ MODES: list[Any] = [
     pytest.param({"train": "low-rank", "rank": 64, "optimizer": "adamw-8bit"}, marks=torchao),
 ]
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def teacher() -> Any:
@@ -254,9 +251,10 @@ def test_stored_latents_have_the_codes_whatever_the_scale(scale: float) -> None:
     made = FrozenCodes(layer())
     made.weight[0, :GROUP] = 0
     torch.nn.init.constant_(made.weight_scale, scale)
-    state = plain_state(torch.nn.ModuleDict({"a": made}), {"a.weight": made.weight, "b": scale})
+    given = {f"a.{name}": tensor for name, tensor in made.state_dict().items()}
+    state = plain_state(torch.nn.ModuleDict({"a": made}), given)
     assert torch.equal(rounding.quantize(state["a.weight"], GROUP), made.weight)
-    assert state["b"] == scale
+    assert torch.equal(state["a.weight_scale"], made.weight_scale)
 
 
 @pytest.mark.parametrize("settings", MODES)

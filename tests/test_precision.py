@@ -7,7 +7,7 @@ import checkpoints
 import pytest
 import torch
 
-from ternq import corpus, distill, origin, precision
+from ternq import distill, origin, precision
 from ternq.errors import RecipeError, StoppedError
 from ternq.precision import products, with_products
 from ternq.progress import Event
@@ -15,10 +15,7 @@ from ternq.recipe import Recipe, Training
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:

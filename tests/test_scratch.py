@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 import torch
 
-from ternq import checkpoint, cli, corpus, distill, hf, metrics, origin, states, stop
+from ternq import checkpoint, cli, distill, hf, metrics, origin, states, stop
 from ternq.errors import InputError, RecipeError, StoppedError
 from ternq.linear import AbsmeanLinear, decoder_blocks, prepare, settled, ternary_layers
 from ternq.optimize import optimizer
@@ -24,10 +24,7 @@ from ternq.ternarize import ternarize
 
 KINDS = ["llama", "llama-tied-bias", "gpt2", "opt", "phi"]
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def bare(path: Path, kind: str = "llama") -> Path:

@@ -15,7 +15,6 @@ from ternq import (
     calibrate,
     checkpoint,
     cli,
-    corpus,
     distill,
     hf,
     runs,
@@ -38,10 +37,7 @@ from ternq.walk import Walk, bytes_needed
 KINDS = ["llama", "llama-tied-bias", "opt", "gemma", "gpt-neox", "phi", "gpt2"]
 SHARDS = {"max_shard_size": "40KB"}
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def ids(blocks: int = 4) -> Tensor:

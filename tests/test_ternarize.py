@@ -14,7 +14,7 @@ from ternq import corpus, snapshots, train
 from ternq import ternarize as verbs
 from ternq.distill import distill
 from ternq.errors import InputError, RecipeError, StoppedError, VerificationError
-from ternq.files import sha256
+from ternq.files import read_json, sha256
 from ternq.pack import pack
 from ternq.recipe import Recipe
 from ternq.report import number
@@ -53,7 +53,7 @@ def test_a_command_cut_off_after_packing_goes_on(
     assert report["verify"]["ok"]
     assert report["results"][str(tmp_path / "out")]["held-out"]["token_perplexity"] > 1
     assert not (tmp_path / "out.run").exists()
-    assert make() == verbs.checkpoint.read_json(tmp_path / "out.report" / "report.json")
+    assert make() == read_json(tmp_path / "out.report" / "report.json")
 
 
 def test_a_finished_output_without_its_report_is_still_finished(

@@ -11,6 +11,7 @@ import checkpoints
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from ternq import (
@@ -33,14 +34,11 @@ from ternq.pack import pack
 from ternq.prepared import Prepared, prepare_run
 from ternq.progress import Event, ignore
 from ternq.recipe import Recipe, Scheme, Training
-from ternq.train import Trainer
+from ternq.train import Trainer, without_dropout
 
 BLOCK = 16
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "HELD_OUT_TOKENS", 256)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def random_blocks(count: int = 64, seed: int = 0) -> Iterator[Tensor]:
@@ -222,6 +220,34 @@ def test_dropout_is_off_in_training(tmp_path: Path) -> None:
     made = trainer(tmp_path, "opt")  # of a configuration with dropout 0.1
     assert made.student.training
     assert made.objective(batch())[0].item() == made.objective(batch())[0].item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropouts"),
+    [
+        ("SeedOss", {"attention_dropout": 0.1, "residual_dropout": 0.1}),
+        ("GPTBigCode", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        ("Starcoder2", {"residual_dropout": 0.1, "embedding_dropout": 0.1}),
+        ("Falcon", {"hidden_dropout": 0.1, "attention_dropout": 0.1}),
+        ("Bloom", {"hidden_dropout": 0.1, "attention_dropout": 0.1}),
+    ],
+)
+def test_dropout_is_off_wherever_a_model_keeps_its_share(
+    kind: str, dropouts: dict[str, float]
+) -> None:
+    head = {"head_dim": 8} if kind == "SeedOss" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, **head, **dropouts,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+    ids = torch.arange(30).view(2, 15)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    without_dropout(model)
+    assert model.training
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    stored = model.config.to_dict()
+    assert {name: stored[name] for name in dropouts} == dropouts
 
 
 def test_rate_rises_and_falls() -> None:
