@@ -117,8 +117,7 @@ def choose(
         return counted[candidate]
 
     weights, last = _block_weights(build), settings
-    changeable = _changeable(scheme, settings)
-    for family in families(settings, by_blocks and changeable, changeable, crew.sharded):
+    for family in families(scheme, settings, by_blocks, crew):
         (first, _), (last, _) = family[0], family[-1]
         if free < _floor(last, crew) * weights:
             continue  # counting takes a while for a large model
@@ -173,20 +172,22 @@ def _free(device: str) -> int:
 
 
 def families(
-    settings: Training, by_blocks: bool, changeable: bool, sharded: bool
+    scheme: Scheme, settings: Training, by_blocks: bool, crew: Crew
 ) -> Iterator[list[tuple[Training, str]]]:
     """What is tried, in order, each family from the fastest to the smallest.
 
-    End to end; where what learns is ``changeable``, an adapter (not in shards) and then scales
-    alone; block by block.
+    End to end; where nothing else is asked for, an adapter (not in shards) and then scales alone;
+    block by block.
     """
     if settings.block_by_block:
         yield [(settings, BY_BLOCKS)]
         return
-    trains: tuple[Train, ...] = ("all", "scales") if sharded else ("all", "low-rank", "scales")
+    changeable = _changeable(scheme, settings)
+    trains: tuple[Train, ...] = ("all", "low-rank", "scales")
+    trains = tuple(t for t in trains if t != "low-rank" or not crew.sharded)
     for train in trains if changeable else (settings.train,):
         yield list(_variants(replace(settings, train=train)))
-    if by_blocks:
+    if by_blocks and changeable:
         yield [(replace(settings, block_by_block=True), BY_BLOCKS)]
 
 

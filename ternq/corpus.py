@@ -1,19 +1,22 @@
 """Which text a run trains on and is measured on: held-out tokens and a stream of blocks."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ternq import data, hf
 from ternq.files import read_json, write_json
+from ternq.memory import free_memory, model_bytes
 from ternq.perplexity import BLOCK
 from ternq.precision import products
-from ternq.progress import Progress
+from ternq.progress import Event, Progress
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Training, demo_steps
 from ternq.runs import OWN_TEXT_FILE
 from ternq.text import is_offline
@@ -54,17 +57,21 @@ def corpus(
     recipe: Recipe,
     specs: tuple[str, ...],
     *,
+    device: str = "cpu",
     offline: bool,
     progress: Progress,
     cache: Path | None,
 ) -> Corpus:
-    """Open the text. ``cache`` is the run's folder, where the teacher's own text is kept."""
+    """Open the text. ``cache`` is the run's folder, where the teacher's own text is kept.
+
+    The teacher writes on ``device``, wherever it is held before and after.
+    """
     length = recipe.training.sequence_length
     if not specs:
         return _demo(teacher, recipe, length)
     written, n_blocks = [], HELD_OUT_TOKENS // length
     if count := own_blocks(recipe.training, specs):
-        written = _own_text(teacher, recipe, count, progress, cache)
+        written = _own_text(teacher, recipe, count, device, progress, cache)
         n_blocks = min(n_blocks, int(count / _own_share(specs)) // 8)
     held_out, blocks = data.split_held_out(
         specs,
@@ -120,7 +127,12 @@ def _demo(teacher: hf.Loaded, recipe: Recipe, length: int) -> Corpus:
 
 
 def _own_text(
-    teacher: hf.Loaded, recipe: Recipe, blocks: int, progress: Progress, cache: Path | None
+    teacher: hf.Loaded,
+    recipe: Recipe,
+    blocks: int,
+    device: str,
+    progress: Progress,
+    cache: Path | None,
 ) -> list[str]:
     """Text that the teacher writes; kept in the run's folder, since writing it takes long."""
     settings, length = recipe.training, recipe.training.sequence_length
@@ -133,7 +145,7 @@ def _own_text(
     # what goes on from a run has another base, and so text that the run has not read
     digest = hashlib.blake2b(f"{recipe.seed} {recipe.base}".encode(), digest_size=6).digest()
     seed = int.from_bytes(digest, "big")
-    with products(settings, teacher.model.device):
+    with _lent(teacher.model, device, progress), products(settings, teacher.model.device):
         ids = data.teacher_text(
             teacher.model, teacher.tokenizer, blocks, length, seed=seed, progress=progress
         )
@@ -142,3 +154,21 @@ def _own_text(
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, {"key": key, "text": written})
     return written
+
+
+@contextlib.contextmanager
+def _lent(model: Any, device: str, progress: Progress) -> Iterator[None]:
+    """The model on a device for a while; it stays where it is if there is no room for it."""
+    home, there = model.device, torch.device(device)
+    moves = there.type != home.type
+    if moves and model_bytes(model) > free_memory(there) / 2:
+        said = f"The teacher does not fit on {device} as it is: it writes its text on {home}"
+        progress(Event("text", said, level="warning"))
+        moves = False
+    if moves:
+        model.to(there)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(home)

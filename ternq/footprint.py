@@ -174,6 +174,7 @@ def _counted(
         teacher, twin = build(), build()  # as fake tensors are not to be copied
         for model in (teacher, twin):
             del decoder_blocks(model)[1][blocks:]
+        loaded = sum(p.nbytes for p in teacher.parameters())
         student = student_of(teacher, scheme, settings, twin)[0]
         start = _start(teacher, settings)
         if settings.from_scratch and settings.objective == "ce":
@@ -196,7 +197,9 @@ def _counted(
         typed = with_products(settings, device)[0]
         trainer.objective.autocast = products(typed, "cpu")  # where fake tensors are
         weights, loading = alive.now, alive.peak
-        host = loading if made_on_host(settings, device) else 0
+        on_host = made_on_host(settings, device)
+        # what is not made there is loaded there, one model after the other
+        host = loading if on_host else 0 if device.startswith("cpu") else loaded
         for parameter in filter(lambda p: p.requires_grad, student.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         take_step(trainer.optimizer, settings, seed=0, step=0, norm=0.0)  # makes its states
@@ -215,7 +218,7 @@ def _counted(
         weights=weights,
         optimizer=held - weights,
         step=step,
-        loading=loading - host,
+        loading=0 if on_host else loading,
         host=host * crew.count,
         start=start,
         evaluation=evaluation,

@@ -196,6 +196,14 @@ def arrange(model: nn.Module, settings: Training, seed: int = 0, teacher: Any = 
         del weight, other
 
 
+def held_once(student: nn.Module, teacher: nn.Module) -> list[tuple[LowRank, Compact]]:
+    """The layers of both whose base in 8 bits is one tensor."""
+    theirs = dict(teacher.named_modules())
+    pairs = [(m, theirs.get(n)) for n, m in ternary_layers(student).items()]
+    return [(m, t) for m, t in pairs if isinstance(m, LowRank) and isinstance(t, Compact)
+            and t.weight is m.weight]  # fmt: skip
+
+
 def _frozen(layer: TernaryLinear, settings: Training, generator: torch.Generator) -> Frozen:
     if settings.train == "scales":
         return FrozenCodes(layer)

@@ -11,7 +11,7 @@ import ternq
 from ternq import budget, hf, optimize, origin, outlines, processes, scratch, states
 from ternq import corpus as corpora
 from ternq.errors import InputError, RecipeError
-from ternq.frozen import arrange, made_on_host
+from ternq.frozen import arrange, held_once, made_on_host
 from ternq.linear import (
     AbsmeanLinear,
     Selection,
@@ -49,8 +49,11 @@ class Prepared:
         pair = [loaded.model for loaded in (self.student, self.teacher) if loaded is not None]
         self.selection.chosen.clear()  # dense layers, which are to go
         arrange(pair[0], self.recipe.training, self.recipe.seed, *pair[1:])
+        once = held_once(*pair) if len(pair) > 1 else []
         for model in pair:
             model.to(self.device)
+        for mine, theirs in once:  # buffers, of which each model has moved its own
+            theirs.weight, theirs.step = mine.weight, mine.step
 
 
 def prepare_run(
@@ -75,8 +78,9 @@ def prepare_run(
     """
     if device == "cpu":
         torch.manual_seed(recipe.seed)
+    trains = not recipe.only_rounds
     options: dict[str, Any] = {
-        "device": "cpu" if made_on_host(recipe.training, device) else device,
+        "device": "cpu" if trains and made_on_host(recipe.training, device) else device,
         "offline": offline,
         "trust_remote_code": trust_remote_code,
     }
@@ -117,7 +121,7 @@ def prepare_run(
     notes += [note] if note else []
     if recipe.training.cache_teacher and recipe.training.off:
         notes.append("OFF: at the last block alone, which is what --cache-teacher keeps.")
-    if recipe.training.teacher_dtype != "float32":
+    if recipe.training.teacher_dtype != "float32" and trains:
         held = recipe.training.teacher_dtype
         notes.append(f"Teacher: its layers are held in {held}, and so it is measured.")
     for note in notes:
@@ -130,7 +134,7 @@ def prepare_run(
         whole = recipe
         text = processes.main_first(
             lambda: corpora.corpus(
-                writer, whole, specs, offline=offline, progress=progress, cache=cache
+                writer, whole, specs, device=device, offline=offline, progress=progress, cache=cache
             )
         )
     dense = base.kind == "dense"

@@ -275,6 +275,23 @@ def test_teacher_text_with_the_cache_of_a_real_model() -> None:
     assert torch.equal(ids, one)
 
 
+def test_a_teacher_writes_on_the_device_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    went: list[str] = []
+    monkeypatch.setattr(type(model), "to", lambda self, device: went.append(str(device)))
+    said: list[Event] = []
+    for free in (10**9, 10):
+        monkeypatch.setattr(corpus, "free_memory", lambda device, free=free: free)
+        with corpus._lent(model, "cuda", said.append):
+            pass
+    with corpus._lent(model, "cpu", said.append):
+        pass
+    assert went == ["cuda", "cpu"]
+    assert [str(event.message) for event in said] == [
+        "The teacher does not fit on cuda as it is: it writes its text on cpu"
+    ]
+
+
 def test_a_teacher_writes_as_much_at_once_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of one block with 2 heads of 8, in float32, are 128 bytes a token."""
     model = tiny.model()

@@ -23,6 +23,8 @@ from ternq.errors import RecipeError
 from ternq.frozen import Compact, Frozen, FrozenCodes, LowRank, arrange, fold, plain_state
 from ternq.linear import TernaryLinear, packed_layers, prepare, ternary_layers
 from ternq.pack import pack
+from ternq.prepared import prepare_run
+from ternq.processes import Crew
 from ternq.progress import ignore
 from ternq.recipe import Scheme, Ste, Training
 from ternq.student import student_of
@@ -140,6 +142,23 @@ def test_no_float_weight_waits_for_the_backward_pass(make: Any) -> None:
     assert made.weight.numel() not in [t.numel() for t in kept]
     assert made.weight.dtype == torch.int8
     assert not any(p.numel() == made.weight.numel() for p in made.parameters())
+
+
+def test_a_base_that_is_held_once_is_so_on_another_device(
+    source: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module's `to` makes buffers of its own; a clone stands for another device here."""
+    asked = checkpoints.recipe(
+        source, text, train="low-rank", teacher_dtype="int8", start="closed-form"
+    )
+    prepared = prepare_run(str(source), asked, offline=True)
+    kind = type(prepared.student.model)
+    monkeypatch.setattr(kind, "to", lambda self, device: self._apply(torch.clone))
+    prepared.settle()
+    assert prepared.teacher is not None
+    theirs = dict(prepared.teacher.model.named_modules())
+    for name, own in ternary_layers(prepared.student.model).items():
+        assert own.weight is theirs[name].weight and own.step is theirs[name].step
 
 
 # Frozen layers
@@ -365,7 +384,7 @@ def test_without_torchao_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         (Training(latent="bfloat16"), "--latent bfloat16 needs"),
     ]:
         with pytest.raises(RecipeError, match=said) as caught:
-            optimize.refuse(settings, "cpu")
+            optimize.refuse(settings, "cpu", Crew())
         assert "pip install" in str(caught.value.hint)
     optimize.refuse(Training(train="scales"), "cpu")
 

@@ -16,6 +16,7 @@ from ternq import budget, cli, corpus
 from ternq import footprint as counting
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
+from ternq.optimize import optimizer
 from ternq.plan import plan
 from ternq.processes import Crew
 from ternq.progress import ignore
@@ -60,7 +61,8 @@ def test_weights_and_optimizer_are_those_of_the_models(kind: str) -> None:
     held = sum(s.nbytes() for s in {t.untyped_storage() for t in tensors})
     found = counted(kind)
     assert found.weights == pytest.approx(held, rel=0.01)
-    trained = [p.numel() for p in student.parameters() if p.requires_grad]
+    groups = optimizer(student, SETTINGS).param_groups
+    trained = [p.numel() for group in groups for p in group["params"]]
     assert found.optimizer >= 8 * sum(trained)
     assert found.optimizer < 8 * sum(trained) + 1000 * len(trained)
 
@@ -114,7 +116,8 @@ def test_a_model_for_another_device_is_loaded_on_the_host() -> None:
     assert here.host == 0 and there.loading == 0
     assert here.loading == there.host > sum(p.nbytes for p in of("llama")().parameters())
     whole = footprint(of("llama"), SCHEME, SETTINGS, "cuda")
-    assert whole.host == 0 and whole.loading > 0
+    assert whole.host == sum(p.nbytes for p in of("llama")().parameters())
+    assert whole.loading > 0
     assert not budget.Memory(there, free=2**40, host=there.host - 1).fits
     assert budget.Memory(there, free=2**40, host=there.host).fits
 
@@ -199,7 +202,8 @@ def test_what_a_step_takes_holds_its_gradients_and_activations() -> None:
     found = counted("llama", off=0.0, kl=0.0, ce=1.0)
     logits = 4 * 2 * 16 * checkpoints.VOCABULARY
     student, _ = student_of(of("llama")(), SCHEME, SETTINGS)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    groups = optimizer(student, SETTINGS).param_groups
+    trained = sum(p.numel() for group in groups for p in group["params"])
     assert found.step > 4 * trained  # gradients
     assert found.step < 20 * trained + 40 * logits
 
@@ -213,20 +217,22 @@ def test_nothing_of_the_world_changes() -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_a_probe_teaches_nothing(tmp_path: Path) -> None:
-    teacher = of("llama")()
-    student, _ = student_of(teacher, SCHEME, SETTINGS)
+@pytest.mark.parametrize("own", [{}, {"optimizer": "adamw-8bit"}, {"latent": "bfloat16"}])
+def test_a_probe_teaches_nothing(tmp_path: Path, own: dict[str, Any]) -> None:
+    teacher, settings = of("llama")(), replace(SETTINGS, **own)
+    student, _ = student_of(teacher, SCHEME, settings)
     teacher.requires_grad_(False)
     trainer = Trainer(
         student=student, teacher=teacher, blocks=repeat(torch.zeros(16, dtype=torch.int64)),
-        settings=SETTINGS, steps=1, folder=tmp_path, progress=ignore,
+        settings=settings, steps=1, folder=tmp_path, progress=ignore,
     )  # fmt: skip
     before = {n: t.clone() for n, t in student.state_dict().items()}
     assert budget.probe(trainer) > 0
     assert all(torch.equal(t, before[n]) for n, t in student.state_dict().items())
     assert not trainer.optimizer.state
     assert all(p.grad is None for p in student.parameters())
-    assert [g["lr"] for g in trainer.optimizer.param_groups] == [SETTINGS.peak_lr] * 3
+    rates = [float(g["lr"]) for g in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([SETTINGS.peak_lr] * 3)
 
 
 # Strategies
@@ -236,7 +242,7 @@ def tried(by_blocks: bool = False, **settings: Any) -> list[tuple[Any, ...]]:
     chosen = replace(SETTINGS, batch_size=6, **settings)
     return [
         (s.train, s.micro_batch_size, s.gradient_checkpointing, s.teacher_dtype, s.block_by_block)
-        for family in budget.families(chosen, by_blocks)
+        for family in budget.families(SCHEME, chosen, by_blocks, Crew())
         for s, _ in family
     ]
 
@@ -256,15 +262,23 @@ def test_strategies_and_their_order() -> None:
     ]
 
 
+def test_what_goes_with_neither_shards_nor_another_method_is_not_tried() -> None:
+    shards, absmean = Crew(8, sharded=True), Scheme(method="absmean")
+    trains = [f[0][0].train for f in budget.families(SCHEME, SETTINGS, False, shards)]
+    assert trains == ["all", "scales"]
+    trains = [f[0][0].train for f in budget.families(absmean, SETTINGS, True, Crew())]
+    assert trains == ["all"]
+
+
 def test_each_takes_less_than_the_one_before_it() -> None:
-    (family, *_) = budget.families(replace(SETTINGS, batch_size=6), False)
+    (family, *_) = budget.families(SCHEME, replace(SETTINGS, batch_size=6), False, Crew())
     needed = [footprint(of("llama"), SCHEME, s, "cpu").total for s, _ in family]
     assert needed == sorted(needed, reverse=True)
 
 
 def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SETTINGS, batch_size=6)
-    tried = [s for family in budget.families(settings, False) for s in family]
+    tried = [s for family in budget.families(SCHEME, settings, False, Crew()) for s in family]
     sizes = {s: 10**9 - 10**6 * n for n, (s, _) in enumerate(tried)}
     monkeypatch.setattr(
         budget, "footprint", lambda b, scheme, s, device, crew: Footprint(sizes[s], 0, 0)
@@ -279,11 +293,12 @@ def test_the_first_strategy_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "crew, bounds",
-    [(Crew(), {17, 2, 1, 0}), pytest.param(Crew(2, True), {9, 2, 1, 0}, marks=pytest.mark.slow)],
+    [(Crew(), {17, 2, 1, 0}), pytest.param(Crew(2, True), {9, 2, 0}, marks=pytest.mark.slow)],
 )
 def test_the_bound_lies_below_the_count_of_every_strategy(crew: Crew, bounds: set[int]) -> None:
     read = replace(SETTINGS, start="compensated")
-    tried = [f[-1][0] for start in (SETTINGS, read) for f in budget.families(start, True)]
+    starts = (budget.families(SCHEME, start, True, crew) for start in (SETTINGS, read))
+    tried = [family[-1][0] for families in starts for family in families]
     weights = budget._block_weights(of("llama"))
     least = {s: budget._floor(s, crew) for s in tried}
     for s, bound in least.items():
@@ -321,6 +336,23 @@ def test_the_rough_estimate_is_above_the_count() -> None:
     for kind in ("llama", "opt", "gpt2"):
         rough = counting.roughly(of(kind), SETTINGS, "").total
         assert budget.PLENTY * rough > counted(kind).total
+
+
+def test_plenty_counts_the_text_of_a_start() -> None:
+    """Its activations, which may be more than all that training takes."""
+    read = replace(SETTINGS, start="compensated", calibration=2**16)
+    rough = counting.roughly(of("llama"), read, "").total
+    with torch.device("meta"):
+        assert rough > bytes_needed(of("llama")(), read)
+    assert rough > 10 * counting.roughly(of("llama"), SETTINGS, "").total
+
+
+def test_the_widest_layer_of_gpt2_is_seen_too() -> None:
+    """Its linear layers are stored transposed; an MLP of 800 columns has the widest Hessian."""
+    config = transformers.GPT2Config(n_embd=200, n_layer=1, n_head=2, vocab_size=50)
+    with torch.device("meta"):
+        needed = bytes_needed(transformers.GPT2LMHeadModel(config), SETTINGS)
+    assert needed > 36 * 800**2
 
 
 def test_block_by_block_is_the_last() -> None:

@@ -15,11 +15,13 @@ from conftest import ROOT
 from test_train import trainer
 from together import KIND, SETTINGS, finish
 
-from ternq import checkpoint, cli, metrics, origin, processes, snapshots, stop
+from ternq import checkpoint, cli, metrics, origin, outlines, processes, snapshots, stop
 from ternq.errors import RecipeError, StoppedError
 from ternq.files import read_json
 from ternq.footprint import footprint
-from ternq.recipe import Scheme, Training
+from ternq.prepared import fitting
+from ternq.processes import Crew
+from ternq.recipe import Recipe, Scheme, Training
 
 ENGINES = ["ddp", "fsdp"]
 
@@ -40,10 +42,11 @@ def together(*command: str, **environment: str) -> subprocess.CompletedProcess[s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process, whole and stopped after two steps, and those of two."""
     folder = tmp_path_factory.mktemp("together")
-    for name in ("whole", "one", "features-alone"):
+    for name in ("whole", "one", "features-alone", "scales"):
         (folder / name).mkdir()
     finish(trainer(folder / "whole", KIND, **SETTINGS))
     finish(trainer(folder / "features-alone", KIND, **SETTINGS, kl=0.0))
+    finish(trainer(folder / "scales", KIND, **SETTINGS, train="scales"))
     made = trainer(folder / "one", KIND, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(stop, "requested", lambda: "SIGTERM" if made.step == 2 else None)
@@ -53,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same(a: Path, b: Path) -> None:
+def same(a: Path, b: Path, rtol: float = 1e-4) -> None:
     """The same metrics and the same student, within rounding."""
     one, two = metrics.steps(a), metrics.steps(b)
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4]
@@ -63,12 +66,17 @@ def same(a: Path, b: Path) -> None:
     first, second = (checkpoint.load_tensors(run / origin.STUDENT_FILE) for run in (a, b))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(tensor, second[name], rtol=rtol, atol=1e-5), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one(folder: Path, engine: str) -> None:
     same(folder / "whole", folder / engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_scales_as_one(folder: Path, engine: str) -> None:
+    same(folder / "scales", folder / f"{engine}-scales", rtol=2**-7)  # latents are bfloat16
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -105,7 +113,7 @@ def test_what_each_holds_of_shards_is_what_was_counted(folder: Path) -> None:
         Scheme(group_size=16),
         Training(**SETTINGS, sequence_length=16, steps=4),
         "cpu",
-        processes.Crew(2, sharded=True),
+        Crew(2, sharded=True),
     )
     for rank in (0, 1):
         held = read_json(folder / f"fsdp-held-{rank}")
@@ -120,6 +128,28 @@ def test_parameters_that_get_no_gradient(folder: Path) -> None:
 def test_a_batch_that_cannot_be_shared_is_refused(folder: Path) -> None:
     for rank in (0, 1):
         assert "--batch-size 3 cannot be shared" in (folder / f"uneven-{rank}").read_text()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "training", "crew", "said"),
+    [
+        ({}, {"offload": True}, Crew(2), "--offload is of one process"),
+        ({}, {"optimizer": "adamw-8bit"}, Crew(2, True), "--optimizer adamw-8bit does not go"),
+        ({}, {"latent": "bfloat16"}, Crew(2, True), "--latent bfloat16 does not go"),
+        ({}, {"train": "low-rank"}, Crew(2, True), "--train low-rank does not go"),
+        ({"method": "absmean"}, {}, Crew(2, True), "--method absmean does not go"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    source: Path, scheme: dict[str, str], training: dict[str, str], crew: Crew, said: str
+) -> None:
+    asked = Recipe(
+        model=str(source),
+        scheme=Scheme(**scheme),  # type: ignore[arg-type]
+        training=Training(start="closed-form", **training),  # type: ignore[arg-type]
+    )
+    with pytest.raises(RecipeError, match=said):
+        fitting(outlines.blueprint(str(source)), asked, "cuda", 2**40, crew=crew)
 
 
 # Alone

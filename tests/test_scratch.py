@@ -158,6 +158,22 @@ def test_absmean_distils_a_trained_model_too(source: Path, text: Path, tmp_path:
     assert torch.allclose(latent, now, atol=0.01)  # it began as the model's weight
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({"train": "scales"}, "--train scales is for"), ({"scale_lr": 1e-4}, "--scale-lr is of")],
+)
+def test_what_goes_on_from_absmean_is_absmean(
+    source: Path, text: Path, tmp_path: Path, own: dict[str, Any], said: str
+) -> None:
+    made = replace(checkpoints.recipe(source, text, steps=1), scheme=Scheme(method="absmean"))
+    distill.distill(str(source), tmp_path / "run", made, offline=True)
+    on = checkpoints.recipe(tmp_path / "run", text, steps=1, **own)
+    with pytest.raises(RecipeError, match=said):
+        distill.distill(
+            str(tmp_path / "run"), tmp_path / "on", replace(on, scheme=Scheme()), offline=True
+        )
+
+
 # --- what learns ----------------------------------------------------------------------------------
 
 

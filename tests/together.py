@@ -16,6 +16,7 @@ from test_train import trainer
 from ternq import checkpoint, origin, processes, states, stop
 from ternq.errors import RecipeError, StoppedError
 from ternq.files import write_json
+from ternq.frozen import plain_state
 from ternq.train import Trainer
 
 SETTINGS: dict[str, Any] = {"batch_size": 6, "micro_batch_size": 2, "clip": 1.0}
@@ -23,9 +24,9 @@ KIND = "llama-tied-bias"
 
 
 def finish(made: Trainer) -> None:
-    """Train to the end; the main process keeps the student."""
+    """Train to the end; the main process keeps the student, as `ternq.distill` does."""
     made.run()
-    state = processes.gathered(states.unique_state(made.student))
+    state = plain_state(made.student, processes.gathered(states.unique_state(made.student)))
     if processes.is_main():
         checkpoint.save_tensors(state, made.folder / origin.STUDENT_FILE)
 
@@ -78,6 +79,8 @@ def main() -> None:
             (folder / name).mkdir(exist_ok=True)
         os.environ["ACCELERATE_USE_FSDP"] = str(engine == "fsdp")
         runs(folder, engine)
+        (folder / f"{engine}-scales").mkdir(exist_ok=True)
+        finish(trainer(folder / f"{engine}-scales", KIND, **SETTINGS, train="scales"))
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     (folder / "features").mkdir(exist_ok=True)
     finish(trainer(folder / "features", KIND, **SETTINGS, kl=0.0))
