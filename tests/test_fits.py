@@ -386,7 +386,7 @@ def test_without_torchao_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RecipeError, match=said) as caught:
             optimize.refuse(settings, "cpu", Crew())
         assert "pip install" in str(caught.value.hint)
-    optimize.refuse(Training(train="scales"), "cpu")
+    optimize.refuse(Training(train="scales"), "cpu", Crew())
 
 
 def test_offloading_is_refused_on_the_cpu(source: Path, text: Path, tmp_path: Path) -> None:
