@@ -4,6 +4,7 @@ Strategies are tried in a fixed order before anything is loaded, each with the m
 `ternq.footprint` counts for it, and the first that fits is taken.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -219,8 +220,9 @@ def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
     """As asked; smaller micro batches; activations recomputed; the teacher in 8 bits too."""
     yield settings, _said(settings)
     size = settings.micro_batch_size or settings.batch_size
+    divisors = _divisors(settings.batch_size)
     while size > 1 and settings.micro_batch_size is None:
-        size = next(s for s in range(size // 2, 0, -1) if settings.batch_size % s == 0)
+        size = max(d for d in divisors if d <= size // 2)
         smaller = replace(settings, micro_batch_size=size)
         yield smaller, _said(smaller)
     if not settings.gradient_checkpointing:
@@ -230,6 +232,11 @@ def _variants(settings: Training) -> Iterator[tuple[Training, str]]:
     if settings.teacher_dtype == "float32" and settings.objective == "distill":
         eight = replace(settings, micro_batch_size=size, teacher_dtype="int8")
         yield eight, _said(eight)
+
+
+def _divisors(number: int) -> set[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return {*small, *(number // d for d in small)}
 
 
 def _counted(

@@ -34,6 +34,7 @@ BITS = (2, 3, 4, 8)
 Grid = Literal["minmax", "mse", "fit"]
 USUAL_LR = 1e-3  # moves codes far from where they are: for a start that is poor
 GENTLE_LR = 1e-4  # for codes that fit already, which the usual rate would undo first
+_LARGEST = 10**12  # of any count: beyond all use, and still a number that can be worked with
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"start": "compensated", "calibration": 32, "tokens": 100_000},
     "balanced": {"start": "reconstructed", "calibration": 64, "reconstruction_epochs": 5,
@@ -148,9 +149,13 @@ class Training:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{flag(name)} is {value}; it is at least 1.")
-        for name in ("tokens", "steps", "retreats", "reconstruction_epochs"):
+        many = ("tokens", "steps", "retreats", "reconstruction_epochs")
+        for name in many:
             if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{flag(name)} is negative.")
+        for name in (*counts, "keep_checkpoints", *many):
+            if (getattr(self, name) or 0) > _LARGEST:
+                raise RecipeError(f"{flag(name)} is too large; it is at most {_LARGEST:,}.")
         rates = ("lr", "lr_second", "scale_lr", "reconstruction_lr")
         for name in (*rates, "warmup", "weight_decay", "clip", "off", "kl", "ce", "decay_until"):
             value = getattr(self, name)

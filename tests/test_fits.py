@@ -401,9 +401,11 @@ def test_offloading_is_refused_on_the_cpu(source: Path, text: Path, tmp_path: Pa
     [
         ({"train": "scales", "latent": "bfloat16"}, "freezes them, in one byte each"),
         ({"train": "low-rank", "rank": 0}, "--rank is 0"),
+        ({"batch_size": 10**400}, "--batch-size is too large; it is at most 1,000,000,000,000"),
+        ({"warmup": 5.0}, "--warmup is 5.0; it is a share, 0 to 1"),
     ],
 )
-def test_settings_that_contradict(settings: dict[str, Any], said: str) -> None:
+def test_settings_that_make_no_sense(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         Training(**settings)
 

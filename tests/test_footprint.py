@@ -270,6 +270,16 @@ def test_what_goes_with_neither_shards_nor_another_method_is_not_tried() -> None
     assert trains == ["all"]
 
 
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(12, [12, 6, 3, 1]), (7, [7, 1]), (10**12 - 11, [10**12 - 11, 1])]
+)
+def test_micro_batches_are_the_largest_that_share_a_batch(size: int, sizes: list[int]) -> None:
+    settings = replace(SETTINGS, batch_size=size, train="scales")
+    (family,) = budget.families(SCHEME, settings, False, Crew())
+    tried = [s.micro_batch_size or size for s, _ in family if not s.gradient_checkpointing]
+    assert tried == sizes
+
+
 def test_each_takes_less_than_the_one_before_it() -> None:
     (family, *_) = budget.families(SCHEME, replace(SETTINGS, batch_size=6), False, Crew())
     needed = [footprint(of("llama"), SCHEME, s, "cpu").total for s, _ in family]
