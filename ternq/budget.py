@@ -131,7 +131,7 @@ def choose(
     least = min(counted.values(), key=lambda memory: memory.needed)
     what, wanted, there = "memory", least.needed, free
     if wanted <= free and host is not None:
-        what, wanted, there = "the host's memory to load it", least.counted.host, host
+        what, wanted, there = "the host's memory", least.counted.host, host
     hint = "a shorter --sequence-length" + (
         "" if by_blocks else ", or ternq ternarize with a folder of safetensors"
     )
@@ -263,7 +263,7 @@ def _why(how: str, memory: Memory, crew: Crew) -> str:
         shared = ", which share the parameters" if crew.sharded else ""
         said += f" on each of {crew.count} devices{shared}"
     if memory.counted.host:
-        said += f", and {_gb(memory.counted.host)} of the host's to load it"
+        said += f", and {_gb(memory.counted.host)} of the host's memory"
     if memory.counted.rough:
         said += f" (estimated from shapes: {memory.counted.rough})"
     return said

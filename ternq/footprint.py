@@ -43,7 +43,8 @@ class Footprint:
 
     ``weights`` of teacher and student, ``optimizer`` its states, ``step`` what a step takes beside
     them at its peak: activations, gradients, rounded weights. ``loading`` is held before some of it
-    is let go of, as dense weights are that become codes; on ``host`` where that is another memory.
+    is let go of, as dense weights are that become codes; ``host`` is what another memory than the
+    device's holds of all that: models as they are loaded, an optimizer that is moved there.
     ``start`` is what a start that reads text takes beside them, estimated from shapes.
     ``evaluation`` is what measuring a perplexity takes, before training and after it. ``rough``
     says why it could only be estimated from the shapes; None where it was counted.
@@ -168,7 +169,8 @@ def _counted(
 ) -> Footprint:
     size = settings.micro_batch_size or settings.batch_size
     few = min(settings.batch_size, 2 * size)  # the second adds to the gradients of the first
-    settings = replace(settings, batch_size=few)
+    offload = settings.offload  # what is to lie on the host is counted like everything else, here
+    settings = replace(settings, batch_size=few, offload=False)
     with warnings.catch_warnings(), FakeTensorMode(), _Alive() as alive:
         warnings.filterwarnings("ignore", "Accessing the data pointer")  # by deepcopy
         teacher, twin = build(), build()  # as fake tensors are not to be copied
@@ -214,9 +216,13 @@ def _counted(
             alive.peak = before
             trainer.objective.train()(ids.expand(size, -1))
             forward = alive.peak - before
+    states = held - weights
+    if offload:  # there lie states, and a copy of each weight that learns and of its gradient
+        learns = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+        host, states = max(host, states + 2 * learns), 0
     found = Footprint(
         weights=weights,
-        optimizer=held - weights,
+        optimizer=states,
         step=step,
         loading=0 if on_host else loading,
         host=host * crew.count,

@@ -71,7 +71,8 @@ def plan(
     # a budget that is still open has the most that one may have
     tokens = budget.MOST_TOKENS if training["tokens"] is None else training["tokens"]
     width = built.config.get_text_config().hidden_size
-    optimizer = counted.counted.optimizer * (crew.count if crew and crew.sharded else 1)
+    held = counted.counted.host if recipe.training.offload else counted.counted.optimizer
+    optimizer = held * (crew.count if crew and crew.sharded else 1)  # a checkpoint has all of it
     disk = _disk(weights, optimizer, recipe, dtype.itemsize, tokens, width)
     free = free_disk(out)
     found: dict[str, Any] = {
@@ -129,7 +130,7 @@ def _disk(
 ) -> int:
     """Artefact, checkpoints (of which one is on the way), a start that took time, a cache.
 
-    A checkpoint has all of the ``optimizer``'s bytes. What only rounds has none, and what is not
+    ``optimizer``: bytes of its states in a checkpoint. What only rounds has none, and what is not
     ternary is a dense folder, of ``itemsize`` bytes a weight. The cache is of ``tokens`` of a
     teacher whose blocks put out ``width`` channels.
     """

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from ternq import budget, cli, corpus
+from ternq import budget, cli, corpus, hf
 from ternq import footprint as counting
 from ternq.errors import ResourceError
 from ternq.footprint import Footprint, footprint
@@ -20,8 +20,9 @@ from ternq.optimize import optimizer
 from ternq.plan import plan
 from ternq.processes import Crew
 from ternq.progress import ignore
-from ternq.recipe import Scheme, Training
+from ternq.recipe import Recipe, Scheme, Training, untrained
 from ternq.student import student_of
+from ternq.teacher import cache_bytes
 from ternq.train import Trainer
 from ternq.walk import bytes_needed
 from ternq.watch import Watch
@@ -215,6 +216,15 @@ def test_nothing_of_the_world_changes() -> None:
     torch.set_rng_state(state)
     counted()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_an_optimizer_on_the_host_is_counted_there() -> None:
+    whole, moved = (
+        footprint(of("llama"), SCHEME, replace(SETTINGS, offload=offload), "cuda")
+        for offload in (False, True)
+    )
+    assert moved.optimizer == 0 and moved.step == whole.step
+    assert moved.host == pytest.approx(2 * whole.optimizer, rel=0.01)  # two moments, two copies
 
 
 @pytest.mark.parametrize("own", [{}, {"optimizer": "adamw-8bit"}, {"latent": "bfloat16"}])
@@ -421,6 +431,22 @@ def test_a_plan_counts_the_text_that_the_teacher_writes(source: Path, text: Path
     mix = replace(made, training=replace(made.training, data=(str(text), "self")))
     given, mixed = (plan(str(source), r, out=out, offline=True)["seconds"] for r in (made, mix))
     assert given["writing"] == 0 < mixed["writing"] < mixed["total"]
+
+
+def test_a_plan_knows_the_disk(source: Path, text: Path) -> None:
+    """Checkpoints have whole states however many share them; a cache is of the longest budget."""
+
+    def disk(made: Recipe, **options: Any) -> int:
+        found = plan(str(source), made, out=Path("nothing"), offline=True, memory=2**40, **options)
+        return int(found["disk"]["needed"])
+
+    made = checkpoints.recipe(source, text, batch_size=4)
+    assert disk(made, devices=4) == pytest.approx(disk(made), rel=0.01)
+    open_ = replace(made.training, steps=None, tokens=None, cache_teacher=True)
+    assert disk(replace(made, training=open_)) > cache_bytes(budget.MOST_TOKENS, 36)
+    rounded = Recipe(model=str(source), scheme=Scheme(method="rtn", bits=2, group_size=16))
+    parameters = hf.load(str(source)).model.num_parameters()
+    assert disk(untrained(rounded)) == 2 * parameters  # a dense folder, in bfloat16
 
 
 def test_a_plan_that_cannot_fit_says_what_is_missing(source: Path, text: Path) -> None:
