@@ -56,6 +56,7 @@ from ternq.recipe import (
     display_name,
     with_rate,
 )
+from ternq.text import read_documents
 from ternq.train import Trainer
 
 BASE = "as it is"
@@ -162,7 +163,7 @@ class Setting:
         """The text to judge by: the demo's own, or what is held out of the training text."""
         if self.data:
             return self._split(self.data)[0].flatten()
-        documents = list(data.read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
+        documents = list(read_documents(str(DEMO_FOLDER / "dev.jsonl.xz")))
         ids = [i for d in data.encode(documents, self.teacher.tokenizer) for i in d]
         return torch.tensor(ids)
 

@@ -26,6 +26,7 @@ import torch
 from ternq import data, distill, hf, outlines
 from ternq.perplexity import token_perplexity
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Scheme, Training
+from ternq.text import read_documents
 
 LR, SECOND, FLOAT_LR = 2.4e-3, 1.5e-3, 4.0e-4
 RATE, DECAY = "rate", "decay"
@@ -61,7 +62,7 @@ def recipe(name: str, lr: float, seed: int, args: argparse.Namespace) -> Recipe:
 def measured(run: Path, text: str) -> dict[str, float]:
     """Token perplexity and bits per byte of a run on one of the demo's texts."""
     loaded = hf.load(str(run))
-    documents = list(data.read_documents(str(DEMO_FOLDER / f"{text}.jsonl.xz")))
+    documents = list(read_documents(str(DEMO_FOLDER / f"{text}.jsonl.xz")))
     ids = torch.tensor([i for d in data.encode(documents, loaded.tokenizer) for i in d])
     length = outlines.max_length(loaded.model)
     perplexity = token_perplexity(loaded.model, ids, length)["token_perplexity"]

@@ -19,7 +19,7 @@ from ternq.precision import products
 from ternq.progress import Event, Progress
 from ternq.recipe import DEMO, DEMO_FOLDER, Recipe, Training, demo_steps
 from ternq.runs import OWN_TEXT_FILE
-from ternq.text import is_offline
+from ternq.text import is_offline, read_documents
 
 HELD_OUT_TOKENS = 8 * BLOCK
 DEFAULT_DATA = "allenai/c4"
@@ -117,7 +117,7 @@ def unwritten(specs: tuple[str, ...]) -> Corpus:
 
 
 def _demo(teacher: hf.Loaded, recipe: Recipe, length: int) -> Corpus:
-    documents = list(data.read_documents(str(DEMO_FOLDER / "heldout.jsonl.xz")))
+    documents = list(read_documents(str(DEMO_FOLDER / "heldout.jsonl.xz")))
     ids = torch.tensor([i for d in data.encode(documents, teacher.tokenizer) for i in d])
     if demo_steps() is not None:
         ids = ids[: 2 * BLOCK]

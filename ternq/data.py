@@ -19,17 +19,7 @@ from ternq.errors import InputError, RecipeError
 from ternq.memory import cache_bytes, free_memory
 from ternq.progress import Event, Progress, ignore
 from ternq.sampling import drawn
-from ternq.text import Source, open_source, read_documents, shuffled
-
-__all__ = [
-    "SELF",
-    "blocks",
-    "mixed",
-    "parse_mix",
-    "read_documents",
-    "split_held_out",
-    "teacher_text",
-]
+from ternq.text import Source, open_source, shuffled
 
 SELF = "self"
 """The source that stands for text written by the teacher."""

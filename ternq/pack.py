@@ -37,8 +37,6 @@ from ternq.source import Source, of_model
 from ternq.weights import embeddings as embeddings_of
 from ternq.weights import stored_dtype, with_file
 
-__all__ = ["Options", "pack", "verify"]
-
 Measure = Callable[[Path], Mapping[str, Any]]
 """What is measured of a new artefact before it is published; goes into its card and the result."""
 

@@ -13,24 +13,6 @@ from typing import Any
 from ternq import scores
 from ternq.shown import Table, duration, names, number, printable, size
 
-__all__ = [
-    "Table",
-    "duration",
-    "facts",
-    "gap_closed",
-    "gates",
-    "markdown",
-    "number",
-    "render",
-    "sentences",
-    "show",
-    "show_error",
-    "size",
-    "tables",
-    "texts",
-    "worst_layer",
-]
-
 Payload = Mapping[str, Any]
 _SIZES = ("bits: linears", "embeddings", "file", "size")
 

@@ -22,10 +22,11 @@ from ternq.errors import InputError, RecipeError
 from ternq.progress import Event, ignore
 from ternq.recipe import Recipe, Training
 from ternq.sampling import drawn
+from ternq.text import read_documents
 
 
 def read(path: Path | str, **options: object) -> list[str]:
-    return list(data.read_documents(str(path), **options))  # type: ignore[arg-type]
+    return list(read_documents(str(path), **options))  # type: ignore[arg-type]
 
 
 def jsonl(path: Path, documents: list[str]) -> Path:
@@ -86,7 +87,7 @@ def test_a_local_folder_in_the_hubs_layout_is_streamed(tmp_path: Path) -> None:
 def test_a_hub_id_while_offline_is_refused_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(InputError, match="on the hub, and ternq is offline"):
-        data.read_documents("allenai/c4", offline=True)
+        read_documents("allenai/c4", offline=True)
     with pytest.raises(InputError, match="on the hub"):
         data.mixed(["allenai/c4"])
     assert time.monotonic() - start < 1
@@ -142,11 +143,11 @@ def test_columns_are_named(tmp_path: Path) -> None:
 def test_missing_sources(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no file or folder"):
-        data.read_documents("./nothing.txt")
+        read_documents("./nothing.txt")
     with pytest.raises(InputError, match="no file or folder"):
-        data.read_documents("nothing.txt")
+        read_documents("nothing.txt")
     with pytest.raises(InputError, match="holds no text"):
-        data.read_documents(str(tmp_path / "empty"))
+        read_documents(str(tmp_path / "empty"))
 
 
 def test_mix_is_parsed(tmp_path: Path) -> None:

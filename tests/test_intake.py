@@ -15,8 +15,9 @@ from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weig
 from ternq import checkpoint
 from ternq.errors import InputError, RecipeError, VerificationError
 from ternq.files import read_json
+from ternq.formats import Options
 from ternq.linear import select
-from ternq.pack import Options, pack, verify
+from ternq.pack import pack, verify
 from ternq.publish import write_manifest
 from ternq.recipe import Scheme
 from ternq.source import open_artefact

@@ -19,10 +19,11 @@ import ternq  # noqa: F401  registers the quantizer
 from ternq import checkpoint, hf
 from ternq.errors import InputError, RecipeError, ResourceError, VerificationError
 from ternq.files import read_json
+from ternq.formats import Options
 from ternq.hf import Loaded
 from ternq.linear import packed_layers, prepare, ternary_layers
 from ternq.modeling_ternq import PackedLinear
-from ternq.pack import Options, pack, verify
+from ternq.pack import pack, verify
 from ternq.packing import pack_base3
 from ternq.progress import Event
 from ternq.publish import read_manifest, verify_files, write_manifest

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from ternq import report
+from ternq.shown import duration, number, size
 
 WEIGHTS = {
     "coverage": 0.8,
@@ -287,7 +288,7 @@ def test_pack_and_verify() -> None:
     [(0, "0 B"), (999, "999 B"), (7_940_552, "7.94 MB"), (2.5e9, "2.5 GB"), (4e12, "4,000 GB")],
 )
 def test_sizes_are_decimal(count: float, text: str) -> None:
-    assert report.size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -295,14 +296,14 @@ def test_sizes_are_decimal(count: float, text: str) -> None:
     [(None, "–"), (1234567, "1,234,567"), (1.23456, "1.235"), (12345.6, "12,346")],
 )
 def test_numbers(value: Any, text: str) -> None:
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_error_and_hint_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from ternq import checkpoint, cli, distill, hf, metrics, origin, states, stop
 from ternq.errors import InputError, RecipeError, StoppedError
+from ternq.formats import Options
 from ternq.linear import AbsmeanLinear, decoder_blocks, prepare, settled, ternary_layers
 from ternq.optimize import optimizer
-from ternq.pack import Options, pack, verify
+from ternq.pack import pack, verify
 from ternq.page import page
 from ternq.plan import plan
 from ternq.prepared import prepare_run

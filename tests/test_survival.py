@@ -407,7 +407,7 @@ def test_text_that_fails_leaves_a_checkpoint(
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = checkpoints.text_file(tmp_path / "a.jsonl", lines=5)
-    documents = data.read_documents(str(path))
+    documents = text.read_documents(str(path))
     path.write_text('{"text": "another"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl' changed while"):
         list(documents)

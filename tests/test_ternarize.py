@@ -17,7 +17,7 @@ from ternq.errors import InputError, RecipeError, StoppedError, VerificationErro
 from ternq.files import read_json, sha256
 from ternq.pack import pack
 from ternq.recipe import Recipe
-from ternq.report import number
+from ternq.shown import number
 from ternq.ternarize import ternarize
 
 
