@@ -194,11 +194,24 @@ def _end(session: Session, error: TernqError | None) -> int:
         from ternq import report
 
         who = "" if processes.is_main() else f"process {processes.rank()}: "
-        report.show_error(who + error.message, error.hint)
+        with contextlib.suppress(OSError):  # a full disk below stderr hides no result
+            report.show_error(who + error.message, error.hint)
     if session.json and processes.is_main():
-        text = json.dumps(_plain(_envelope(session, error)), ensure_ascii=False, allow_nan=False)
-        print(text, flush=True)
+        _print_json(
+            json.dumps(_plain(_envelope(session, error)), ensure_ascii=False, allow_nan=False)
+        )
     return error.exit_code if error else 0
+
+
+def _print_json(text: str) -> None:
+    """Print JSON in UTF-8, whatever encoding stdout has; what is no character is escaped."""
+    line = text.encode("utf-8", errors="backslashreplace") + b"\n"
+    if raw := getattr(sys.stdout, "buffer", None):
+        sys.stdout.flush()
+        raw.write(line)
+        raw.flush()
+    else:  # a stream of text that stands for it
+        print(line.decode(), end="", flush=True)
 
 
 def _envelope(session: Session, error: TernqError | None) -> Payload:
@@ -278,6 +291,24 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
+_NAMED = ("model", "tasks", "data", "device", "dtype", "teacher", "baseline")
+
+
+def _refuse_empty(given: Payload, command: str) -> None:
+    """`UsageMistake` where a shell's unset variable stands for a name: '' or 'a,,b'."""
+    for key in _NAMED:
+        names = _names(given, key)
+        names = ",".join(names).split(",") if key == "tasks" and names else names
+        if not all(name.strip() for name in names):
+            what = "MODEL" if key == "model" else f"--{key}"
+            raise UsageMistake(f"{what} is empty.", f"See ternq {command} --help.")
+
+
+def _names(given: Payload, key: str) -> list[str]:
+    value = given.get(key)
+    return [value] if isinstance(value, str) else list(map(str, value or ()))
+
+
 def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     """Call a verb between signal handlers and a progress display; keep what it returns."""
     from ternq import terminal
@@ -287,14 +318,13 @@ def call(session: Session, name: str, verb: Any, given: Payload) -> None:
     session.summary_md, session.html, session.junit = (
         given.get(key) for key in ("summary_md", "html", "junit")
     )
-    if given.get("model") == "":
-        raise UsageMistake("MODEL is empty.", f"See ternq {name} --help.")
+    _refuse_empty(given, name)
     if "out" in given and given["out"] is None and given["model"] and not given.get("verify"):
         given["out"] = default_out(given["model"], given.get("format"))
     session.payload = {key: given.get(key) for key in ("model", "out", "seed")}
     if name not in TOGETHER:
         processes.refuse_many(f"ternq {name}")
-    _check_writable(session)
+    _check_writable(session, given)
     _set_environment(session.verbose, given.get("offline", False))
     stop.install()
     display = terminal.display(
@@ -330,13 +360,17 @@ def default_out(model: str, format: str | None = None) -> Path:
     return Path(f"{display_name(model)}-{kind}")
 
 
-def _check_writable(session: Session) -> None:
-    """Fail before the work, not after it, where a report cannot be written."""
+def _check_writable(session: Session, given: Payload) -> None:
+    """Fail before the work, not after it, where a report cannot be written, or would do harm."""
     paths = list(filter(None, (session.summary_md, session.html, session.junit)))
     if len({path.resolve() for path in paths}) < len(paths):
         session.summary_md = session.junit = None
         raise UsageMistake("Two reports name the same file.", "Give each its own.")
     for path in paths:
+        if harmed := _harmed(path.resolve(), given):
+            session.summary_md = session.html = session.junit = None
+            said = f"The report {path} would damage '{harmed}'."
+            raise UsageMistake(said, "Write it elsewhere.")
         _make_folder(path)
         if path.is_dir():
             raise ResourceError(f"{path} is a folder.", "Name a file.")
@@ -347,6 +381,20 @@ def _check_writable(session: Session) -> None:
             whole = path.resolve()
             with tempfile.NamedTemporaryFile(dir=whole.parent, prefix=f".{whole.name}."):
                 pass
+
+
+def _harmed(report: Path, given: Payload) -> Path | None:
+    """The text that a report would replace, or the artefact that would have a file too many."""
+    from ternq.publish import manifest_of
+
+    out = given.get("out")
+    folders = [Path(name) for name in _names(given, "model")]
+    folders = [folder for folder in folders if manifest_of(folder)] + ([out] if out else [])
+    files = [Path(name.rpartition("=")[0] or name) for name in _names(given, "data")]
+    files += map(Path, ",".join(_names(given, "tasks")).split(","))
+    found = [folder for folder in folders if report.is_relative_to(folder.resolve())]
+    found += [file for file in files if file.is_file() and file.resolve() == report]
+    return found[0] if found else None
 
 
 def _make_folder(path: Path) -> None:

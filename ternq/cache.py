@@ -63,7 +63,7 @@ class Cache:
             self._progress(Event("cache", said, level="warning"))
 
     def _path(self, key: Mapping[str, Any]) -> Path:
-        digest = hashlib.sha256(_text(key).encode("utf-8")).hexdigest()
+        digest = hashlib.sha256(_text(key).encode("utf-8", errors="surrogatepass")).hexdigest()
         assert self._folder is not None
         return self._folder / digest[:2] / f"{digest}.json"
 

@@ -4,6 +4,7 @@ What is done with the payload, and with exceptions, is `ternq.boundary`'s. Nothi
 before a verb is called.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -62,7 +63,8 @@ def main() -> NoReturn:
         status = 141
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"error: stdout cannot be written: {error.strerror}.", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: stdout cannot be written: {error.strerror}.", file=sys.stderr)
         status = 4
     sys.exit(status)
 

@@ -69,7 +69,7 @@ def other_settings(own: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]
         for name, flag in _SETTINGS.items()
         if name in base and base[name] != own.get(name)
     ]
-    tasks, theirs = own.get("tasks", {}), base.get("tasks", {})
+    tasks, theirs = own.get("tasks") or {}, base.get("tasks") or {}
     return found + [line for task in tasks if task in theirs
                     for line in _of_task(task, tasks[task], theirs[task])]  # fmt: skip
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ternq.compare import comparable
@@ -179,12 +180,23 @@ def _finite(value: Any) -> float | None:
 
 def _gate(kind: Kind, text: str) -> Gate:
     name, _, limit = text.rpartition("=")
-    task, _, metric = name.partition(":")
+    task, metric = _task_and_metric(name)
     if kind == "acc-below" and not task:
         raise RecipeError(
             f"--fail-if-acc-below {text} names no task.", "Write TASK=V, as in piqa=0.6."
         )
     return Gate(kind, _number(kind, limit), task or None, metric or None)
+
+
+def _task_and_metric(name: str) -> tuple[str, str]:
+    """What stands before and after the colon; names of files may have colons of their own."""
+    task, _, metric = name.rpartition(":")
+    if Path(name).exists():
+        return name, ""
+    if task and Path(task).exists():
+        return task, metric
+    task, _, metric = name.partition(":")
+    return task, metric
 
 
 def _number(kind: str, text: str) -> float:

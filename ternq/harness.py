@@ -128,14 +128,14 @@ def run(
     """
     import lm_eval
 
-    count = n_documents(task.leaves[leaf], settings.limit)
+    count, asked = n_documents(task.leaves[leaf], settings.limit), settings.num_fewshot
     with _quiet():
         adapter = _adapter(loaded, settings, leaf, count, progress)
         out = lm_eval.simple_evaluate(
             model=adapter,
             tasks=[task.leaves[leaf]],
             task_manager=task.manager,
-            num_fewshot=settings.num_fewshot,
+            num_fewshot=asked and _shots(task.leaves[leaf], asked),
             limit=settings.limit,
             apply_chat_template=settings.chat,
             bootstrap_iters=_BOOTSTRAPS,
@@ -209,6 +209,8 @@ def expected_tokens(leaf: Any, tokenizer: Any, settings: Settings) -> int:
 
 def _shots(leaf: Any, asked: int | None) -> int:
     """Examples before each question: as asked, but none where a task's authors have it so."""
+    if leaf.OUTPUT_TYPE == "loglikelihood_rolling":
+        return 0  # the likelihood of a whole text: there is no question
     own = leaf.get_config("num_fewshot")
     return int((own if asked is None or own == 0 else asked) or 0)
 

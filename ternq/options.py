@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from ternq import helptext
-from ternq.recipe import Training, flag
+from ternq.recipe import LARGEST_SEED, Training, flag
 
 EVERYDAY = ("tokens", "steps", "data", "batch_size", "sequence_length", "lr")
 GATES = "Gates (exit status 5 when one fails)"
@@ -295,7 +295,14 @@ UnusedRecipe = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    option("--seed", metavar="N", max=2**63 - 1, show_default="0", help="Of everything random."),
+    option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=LARGEST_SEED,
+        show_default="0",
+        help="Of everything random.",
+    ),
 ]
 
 

@@ -57,6 +57,8 @@ def check_output(out: Path, overwrite: bool = False) -> None:
     """
     if out.name in ("", ".."):
         raise RecipeError(f"'{out}' is no name for a new folder.", "Give -o a name.")
+    if any("\ud800" <= c <= "\udfff" for c in str(out)):
+        raise RecipeError(f"'{out}' is no name in UTF-8.", "Give -o another name.")
     _recover(out)
     if out.exists() or out.is_symlink():
         if not overwrite:

@@ -34,6 +34,7 @@ BITS = (2, 3, 4, 8)
 Grid = Literal["minmax", "mse", "fit"]
 USUAL_LR = 1e-3  # moves codes far from where they are: for a start that is poor
 GENTLE_LR = 1e-4  # for codes that fit already, which the usual rate would undo first
+LARGEST_SEED = 2**32 - 1  # NumPy's, by which lm-eval draws
 _LARGEST = 10**12  # of any count: beyond all use, and still a number that can be worked with
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"start": "compensated", "calibration": 32, "tokens": 100_000},
@@ -157,7 +158,8 @@ class Training:
             if (getattr(self, name) or 0) > _LARGEST:
                 raise RecipeError(f"{flag(name)} is too large; it is at most {_LARGEST:,}.")
         rates = ("lr", "lr_second", "scale_lr", "reconstruction_lr")
-        for name in (*rates, "warmup", "weight_decay", "clip", "off", "kl", "ce", "decay_until"):
+        shares = ("warmup", "weight_decay", "clip", "off", "kl", "ce", "decay_until")
+        for name in (*rates, *shares, "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RecipeError(f"{flag(name)} is {value}; it is a finite number, at least 0.")
@@ -262,9 +264,10 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Recipe":
         """The inverse of `to_json`; unknown keys and wrong types are a `RecipeError`."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("seed", 0), int):
+        if not isinstance(data, Mapping) or not _is_seed(data.get("seed", 0)):
             raise RecipeError(
-                "Not a recipe: an object with a model, a scheme, a training and a seed."
+                "Not a recipe: an object with a model, a scheme, a training and a seed, which is "
+                f"0 to {LARGEST_SEED:,}."
             )
         parts = dict(data)
         unknown = set(parts) - {f.name for f in fields(cls)}
@@ -445,6 +448,10 @@ def display_name(model: str) -> str:
     return name.removesuffix(".gguf")
 
 
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_SEED
+
+
 def flag(name: str) -> str:
     """The command-line spelling of a field."""
     return "--" + name.replace("_", "-")
@@ -452,6 +459,8 @@ def flag(name: str) -> str:
 
 def from_mapping(part: type[Part], data: Mapping[str, Any]) -> Part:
     """Build a `Scheme` or `Training` from JSON, checking names and types."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"Not a recipe: its {part.__name__.lower()} is no object.")
     hints = get_type_hints(part)
     unknown = sorted(set(data) - set(hints))
     if unknown:

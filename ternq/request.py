@@ -158,8 +158,8 @@ def gates_of(settings: Payload) -> list[Any]:
     from ternq.gates import parse_gates
 
     prefix = "fail_if_"
-    given = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix) and v}
-    return parse_gates(**given)
+    own = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
+    return parse_gates(**{k: v for k, v in own.items() if v is not None})
 
 
 def warn_of_gates(

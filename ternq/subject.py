@@ -14,7 +14,7 @@ from ternq.files import sha256
 from ternq.hf import Loaded
 from ternq.kernels import choice
 from ternq.progress import Progress, ignore
-from ternq.publish import manifest_of, read_manifest
+from ternq.publish import manifest_of, read_manifest, verify_files
 from ternq.text import is_offline
 from ternq.weights import weights_summary
 
@@ -73,6 +73,9 @@ class Subject:
         files = _files(self.model) if isinstance(self.model, str) else []
         if not files:
             return _live(self.loaded)
+        folder = files[0].parent
+        if name := manifest_of(folder):
+            verify_files(folder, name)  # what is known of it is not known of what was added to it
         found = hashlib.sha256()
         for file in files:
             found.update(f"{file.name}\0{sha256(file)}\0".encode())

@@ -69,7 +69,8 @@ def ternarize(
     run = runs.of_artefact(out)
     asked = _request(recipe, keep_dtype, embeddings, tasks, limit)
     # a command that ended between packing and its report goes on, and packs once more
-    half = (run / origin.RUN_FILE).is_file() and _made(out, asked)
+    begun = (run / origin.RUN_FILE).is_file() and not (report_folder(out) / REPORT).is_file()
+    half = begun and _made(out, asked)
     finished = None if overwrite or half else _finished(out, recipe, asked)
     if finished is not None:
         if runs.half_removed(run):
@@ -311,9 +312,14 @@ def _held_out(measured: dict[str, Any]) -> dict[str, Any]:
     return {"held-out": values | {"samples": measured["samples"], "partial": False}}
 
 
+def report_folder(out: Path) -> Path:
+    """What lies beside an artefact: records of its training, and pages for people."""
+    return out.with_name(out.name + ".report")
+
+
 def keep_reports(run: Path, out: Path) -> None:
     """Put the run's records beside the artefact: its folder holds only what its manifest names."""
-    folder = out.with_name(out.name + ".report")
+    folder = report_folder(out)
     folder.mkdir(exist_ok=True)
     shutil.rmtree(folder / trackers.LOGS, ignore_errors=True)  # of an artefact that is replaced
     (folder / METRICS).unlink(missing_ok=True)
@@ -324,7 +330,7 @@ def keep_reports(run: Path, out: Path) -> None:
 
 def write_pages(out: Path, payload: dict[str, Any]) -> None:
     """Write what people read beside the records: ``report.md`` and ``report.html``."""
-    folder = out.with_name(out.name + ".report")
+    folder = report_folder(out)
     texts = {"report.md": markdown(payload), "report.html": page(payload, steps_of(out))}
     for name, text in texts.items():
         with renamed(folder / name) as temporary:
@@ -369,11 +375,23 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
             "Choose another -o, or pass --overwrite.",
         )
     verify_files(out, name)  # what is finished must also be whole
-    report = out.with_name(out.name + ".report") / REPORT
+    report = report_folder(out) / REPORT
     if report.is_file():
-        return read_json(report)
-    kept = {key: manifest.get(key) for key in ("format", "weights", "verify", "files")}
-    return {"model": recipe.model, "out": str(out), "notes": [f"{report} is gone."]} | kept
+        return _renamed(read_json(report), out)
+    names = ("format", "weights", "verify", "files", "student", "results", "recipe")
+    kept = {name: manifest[name] for name in names if name in manifest}
+    notes = [f"{report} is gone: this is what the artefact says of itself."]
+    return _renamed({"model": recipe.model, "notes": notes} | kept, out)
+
+
+def _renamed(report: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The report of an artefact that may have been moved, or was made from another folder."""
+    models = [report["model"], str(out)]
+    for key in ("results", "layers"):
+        if isinstance(own := report.get(key), dict):
+            named = models if key == "results" else models[1:]
+            report[key] = dict(zip(named, own.values(), strict=False))
+    return report | {"out": str(out)}
 
 
 def samples(model: str, teacher: hf.Loaded, student: hf.Loaded) -> list[dict[str, str]]:

@@ -237,6 +237,8 @@ def _json(line: str, path: Path, number: int) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"'{path}', line {number}, is not JSON: {error.msg}.") from error
+    except RecursionError:
+        raise InputError(f"'{path}', line {number}, is JSON nested too deeply.") from None
 
 
 def _row_text(row: Any, where: str) -> str:
@@ -246,7 +248,16 @@ def _row_text(row: Any, where: str) -> str:
     text = row["text"]
     if text is not None and not isinstance(text, str):
         raise InputError(f"{where}: 'text' is not text but {type(text).__name__}.")
-    return text or ""
+    return _characters(text or "")
+
+
+def _characters(text: str) -> str:
+    """The same, with U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _parquet(path: Path, rng: random.Random | None) -> Iterator[str]:

@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ternq import checkpoint, cli, corpus, files, origin, snapshots
+from ternq.text import read_documents
 from ternq.writer import write_tensors
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--group-size", "16",
@@ -649,3 +653,117 @@ def test_a_plan_writes_nothing(
     assert payload["exit_code"] == 0
     assert payload["fits"]
     assert not list(Path.cwd().iterdir())
+
+
+# What a shell or a pipeline gets wrong
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--tasks", ""], "--tasks is empty"),
+        (["--tasks", "{text},"], "--tasks is empty"),
+        (["--tasks", "{text}", "--device", ""], "--device is empty"),
+        (["--tasks", "{text}", "--baseline", " "], "--baseline is empty"),
+        (["--tasks", "{text}", "--fail-if-size-above", ""], "--fail-if-size-above"),
+        (["--tasks", "{text}", "--fail-if-bpw-above", ""], "--fail-if-bpw-above: ''"),
+        (["--tasks", "{text}", "--fail-if-ppl-above", ""], "--fail-if-ppl-above: ''"),
+        (["--tasks", "{text}", "--seed", "-1"], "'--seed'"),
+        (["--tasks", "{text}", "--seed", str(2**32)], "'--seed'"),
+        (["--tasks", "{text}", "--html", "{text}"], "would damage"),
+    ],
+)
+def test_a_variable_that_is_not_set_lets_nothing_pass(
+    model: Path, text: Path, ternq: Callable[..., dict[str, Any]], given: list[str], said: str
+) -> None:
+    before = text.read_bytes()
+    refused(ternq("eval", model, *(part.format(text=text) for part in given)), 2, said)
+    assert text.read_bytes() == before
+
+
+def test_a_text_named_by_nothing_is_not_the_folder(
+    model: Path, ternq: Callable[..., dict[str, Any]]
+) -> None:
+    refused(ternq("ternarize", model, "-o", "out", "--data", "", *QUICK), 2, "--data is empty")
+
+
+def test_a_finished_artefact_tells_of_itself_wherever_it_lies(
+    model: Path, text: Path, ternq: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder; without the report beside it; beside a run that was given up."""
+    first = ternq("ternarize", model, "-o", "out", "--data", text, *QUICK)
+    assert first["exit_code"] == 0
+    again = ["ternarize", model, "--data", text, *QUICK, "--fail-if-ppl-above", "1e9"]
+    Path("below").mkdir()
+    with monkeypatch.context() as moved:
+        moved.chdir("below")
+        there = ternq(*again, "-o", "../out")
+        assert there["out"] == "../out" and list(there["results"]) == [str(model), "../out"]
+        assert list(there["layers"]) == ["../out"]
+    longer = ["50" if part == "2" and QUICK[i - 1] == "--steps" else part
+              for i, part in enumerate(QUICK)]  # fmt: skip
+    stopped = ternq("ternarize", model, "-o", "out", "--data", text, *longer, "--overwrite",
+                    "--time-limit", "0.001s")  # fmt: skip
+    assert stopped["exit_code"] == 75 and Path("out.run").is_dir()
+    assert ternq(*again, "-o", "out")["exit_code"] == 0
+    shutil.rmtree("out.run")
+    shutil.rmtree("out.report")
+    alone = ternq(*again, "-o", "out")
+    assert alone["exit_code"] == 0 and alone["results"]["out"] == first["results"]["out"]
+    assert "report.json is gone" in str(alone["notes"])
+
+
+def test_what_lies_in_an_artefact_unlisted_is_seen_of_kept_results_too(
+    model: Path, text: Path, ternq: Callable[..., dict[str, Any]]
+) -> None:
+    assert ternq("ternarize", model, "-o", "out", "--data", text, *QUICK)["exit_code"] == 0
+    assert ternq("eval", "out", "--tasks", text, "--num-fewshot", "3")["exit_code"] == 0
+    Path("out", "extra.bin").write_bytes(b"x")
+    payload = ternq("eval", "out", "--tasks", text, "--num-fewshot", "3")
+    refused(payload, 6, "extra.bin is not listed", out=None)
+    Path("out", "extra.bin").unlink()
+    refused(
+        ternq("eval", "out", "--tasks", text, "--html", "out/page.html"),
+        2,
+        "would damage",
+        out=None,
+    )
+
+
+def test_half_a_character_and_deep_brackets(
+    model: Path, ternq: Callable[..., dict[str, Any]]
+) -> None:
+    Path("half.jsonl").write_text('{"text": "abc \\ud800 def"}\n' * 200)
+    assert ternq("eval", model, "--tasks", "half.jsonl")["exit_code"] == 0
+    assert list(read_documents("half.jsonl"))[0] == "abc \ufffd def"
+    Path("deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    payload = ternq("eval", model, "--tasks", "deep.jsonl")
+    refused(payload, 3, "line 1, is JSON nested too deeply", out=None)
+
+
+@pytest.mark.parametrize("part", [{"scheme": None}, {"training": []}, {"seed": True}])
+def test_a_recipe_of_other_parts(
+    model: Path, ternq: Callable[..., dict[str, Any]], part: dict[str, Any]
+) -> None:
+    Path("recipe.json").write_text(json.dumps({"model": str(model)} | part))
+    payload = ternq("ternarize", model, "-o", "out", "--recipe", "recipe.json")
+    refused(payload, 2, "Not a recipe")
+
+
+def test_a_gate_on_a_text_with_a_colon_in_its_name(
+    model: Path, text: Path, ternq: Callable[..., dict[str, Any]]
+) -> None:
+    Path("a:b.jsonl").write_bytes(text.read_bytes())
+    gate = ["--fail-if-ppl-above", "a:b.jsonl=1e9"]
+    assert ternq("eval", model, "--tasks", "a:b.jsonl", *gate)["exit_code"] == 0
+
+
+def test_json_is_printed_whatever_stdout_takes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ternq", "pack", "n\u00f6 \udcff", "--json"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        timeout=100,
+    )
+    assert done.returncode == 2
+    assert "is no name in UTF-8" in json.loads(done.stdout)["error"]["message"]
