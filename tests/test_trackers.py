@@ -8,9 +8,9 @@ import checkpoints
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from test_train import metrics, random_blocks, trainer
+from test_train import random_blocks, trainer
 
-from ternq import cli, runs, ternarize, trackers
+from ternq import cli, metrics, runs, ternarize, trackers
 from ternq.errors import RecipeError
 from ternq.progress import Event
 from ternq.train import Trainer
@@ -52,7 +52,7 @@ def with_tracker(folder: Path, kept: Kept, **settings: Any) -> Trainer:
 def test_a_tracker_gets_the_metrics_and_the_settings(tmp_path: Path) -> None:
     kept = Kept()
     with_tracker(tmp_path, kept, steps=3, lr=1e-3).run()
-    lines = metrics(tmp_path)
+    lines = metrics.steps(tmp_path)
     for line in lines:
         del line["seconds"]
     assert kept.lines == lines
