@@ -377,20 +377,21 @@ def _finished(out: Path, recipe: Recipe, asked: dict[str, Any]) -> dict[str, Any
     verify_files(out, name)  # what is finished must also be whole
     report = report_folder(out) / REPORT
     if report.is_file():
-        return _renamed(read_json(report), out)
+        return _renamed(read_json(report), recipe.model, out)
     names = ("format", "weights", "verify", "files", "student", "results", "recipe")
     kept = {name: manifest[name] for name in names if name in manifest}
     notes = [f"{report} is gone: this is what the artefact says of itself."]
-    return _renamed({"model": recipe.model, "notes": notes} | kept, out)
+    return _renamed({"model": recipe.model, "notes": notes} | kept, recipe.model, out)
 
 
-def _renamed(report: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The report of an artefact that may have been moved, or was made from another folder."""
-    models = [report["model"], str(out)]
+def _renamed(report: dict[str, Any], model: str, out: Path) -> dict[str, Any]:
+    """The report of an artefact that may have been moved, or was made from another folder.
+
+    What is told of another than ``model`` is told of it.
+    """
     for key in ("results", "layers"):
         if isinstance(own := report.get(key), dict):
-            named = models if key == "results" else models[1:]
-            report[key] = dict(zip(named, own.values(), strict=False))
+            report[key] = {n if n == model else str(out): found for n, found in own.items()}
     return report | {"out": str(out)}
 
 

@@ -700,6 +700,7 @@ def test_a_finished_artefact_tells_of_itself_wherever_it_lies(
         there = ternq(*again, "-o", "../out")
         assert there["out"] == "../out" and list(there["results"]) == [str(model), "../out"]
         assert list(there["layers"]) == ["../out"]
+        assert there["results"]["../out"] == first["results"]["out"] != there["results"][str(model)]
     longer = ["50" if part == "2" and QUICK[i - 1] == "--steps" else part
               for i, part in enumerate(QUICK)]  # fmt: skip
     stopped = ternq("ternarize", model, "-o", "out", "--data", text, *longer, "--overwrite",
