@@ -385,13 +385,15 @@ def _check_writable(session: Session, given: Payload) -> None:
 
 def _harmed(report: Path, given: Payload) -> Path | None:
     """The text that a report would replace, or the artefact that would have a file too many."""
+    from ternq.data import parse_mix
+    from ternq.places import split
     from ternq.publish import manifest_of
 
     out = given.get("out")
     folders = [Path(name) for name in _names(given, "model")]
     folders = [folder for folder in folders if manifest_of(folder)] + ([out] if out else [])
-    files = [Path(name.rpartition("=")[0] or name) for name in _names(given, "data")]
-    files += map(Path, ",".join(_names(given, "tasks")).split(","))
+    files = [Path(name) for name, _ in parse_mix(_names(given, "data"))]
+    files += [Path(split(name)[0]) for name in ",".join(_names(given, "tasks")).split(",")]
     found = [folder for folder in folders if report.is_relative_to(folder.resolve())]
     found += [file for file in files if file.is_file() and file.resolve() == report]
     return found[0] if found else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ternq.files import renamed, writing
+from ternq.publish import report_folder
 
 METRICS = "metrics.jsonl"
 
@@ -27,7 +28,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 def steps_of(out: str | Path) -> list[dict[str, Any]]:
     """The lines of a run, or those beside what was made of one."""
     folder = Path(os.path.abspath(out))  # noqa: PTH100  # resolve() would follow links
-    return steps(folder.parent / f"{folder.name}.report") or steps(folder)
+    return steps(report_folder(folder)) or steps(folder)
 
 
 def drop_later(folder: Path, step: int) -> None:

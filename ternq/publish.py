@@ -150,6 +150,11 @@ def write_manifest(
     return manifest
 
 
+def report_folder(out: Path) -> Path:
+    """What lies beside an artefact: records of its training, and pages for people."""
+    return out.parent / f"{out.name}.report"
+
+
 def manifest_of(folder: Path) -> str | None:
     """The manifest's name in an artefact, or in a dense folder, a baseline's; None without one."""
     names = (MANIFEST, EXPORT_MANIFEST)

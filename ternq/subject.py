@@ -73,12 +73,11 @@ class Subject:
         files = _files(self.model) if isinstance(self.model, str) else []
         if not files:
             return _live(self.loaded)
-        folder = files[0].parent
-        if name := manifest_of(folder):
-            verify_files(folder, name)  # what is known of it is not known of what was added to it
+        known = _verified(files)
         found = hashlib.sha256()
         for file in files:
-            found.update(f"{file.name}\0{sha256(file)}\0".encode())
+            digest = known.get(file.name) or sha256(file)
+            found.update(f"{file.name}\0{digest}\0".encode())
         return found.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -120,6 +119,18 @@ def _files(model: str) -> list[Path]:
     if path.is_file():
         return [path]
     return _of_folder(path)
+
+
+def _verified(files: list[Path]) -> dict[str, str]:
+    """SHA-256 by name of an artefact's files, which are checked: kept results are of these alone.
+
+    Nothing where the model has no manifest, or is one file.
+    """
+    folder = files[0].parent
+    name = manifest_of(folder)
+    if name is None or folder / name not in files:
+        return {}
+    return {entry["path"]: entry["sha256"] for entry in verify_files(folder, name)["files"]}
 
 
 def _of_folder(folder: Path) -> list[Path]:

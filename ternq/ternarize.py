@@ -25,7 +25,13 @@ from ternq.pack import pack
 from ternq.page import page
 from ternq.prepared import Prepared, perplexity
 from ternq.progress import Event, Progress, ignore
-from ternq.publish import check_output, manifest_of, read_manifest, verify_files
+from ternq.publish import (
+    check_output,
+    manifest_of,
+    read_manifest,
+    report_folder,
+    verify_files,
+)
 from ternq.recipe import Recipe, flag, refuse_scratch, untrained
 from ternq.report import markdown
 from ternq.samples import PROMPTS, continued
@@ -310,11 +316,6 @@ def _held_out(measured: dict[str, Any]) -> dict[str, Any]:
     names = {"perplexity": "token_perplexity", "word_perplexity": "word_perplexity"}
     values = {name: measured[key] for key, name in names.items() if measured.get(key)}
     return {"held-out": values | {"samples": measured["samples"], "partial": False}}
-
-
-def report_folder(out: Path) -> Path:
-    """What lies beside an artefact: records of its training, and pages for people."""
-    return out.with_name(out.name + ".report")
 
 
 def keep_reports(run: Path, out: Path) -> None:

@@ -163,8 +163,8 @@ class Trainer:
                 self._retreat(error)
                 continue
             reason = self._stop_reason(now - began)
-            due = now - saved > 60 * self.settings.checkpoint_minutes and not self.writer.busy()
-            due = due and processes.is_main()  # whose writer it is
+            late = now - saved > 60 * self.settings.checkpoint_minutes
+            due = late and processes.is_main() and not self.writer.busy()  # whose writer it is
             reason, due = processes.agreed(reason, due)
             last = bool(reason) or self.step == self.steps
             if due or last:
